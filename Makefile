@@ -1,0 +1,40 @@
+# `make` lists what there is. Everything runs in .venv, which is made on first use and updated when the pins change.
+#   PYTHON=...       the interpreter for .venv (3.11 or 3.12)
+#   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
+#   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
+export PYTHON TORCH_INDEX
+unexport PYTHONPATH PYTHONHOME
+BIN := .venv/bin
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv quickstart test lint format bench sglang clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+	  printf 'make %-11s %s\n' "$$name" "$$text"; done
+
+.venv:
+	@tools/setup_trainer_env.sh
+
+quickstart: .venv ## train a small policy by GTPO on this machine, under 10 minutes, no GPU needed
+	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml
+
+test: lint ## lint, and all tests
+	@$(BIN)/python -m pytest -q $(TESTS)
+
+lint: .venv ## ruff: rules and format
+	@$(BIN)/ruff check --quiet --output-format concise .
+	@$(BIN)/ruff format --check --output-format concise . >.build/format.log || { cat .build/format.log >&2; echo 'mended by: make format' >&2; exit 1; }
+
+format: .venv ## format the code, and mend what ruff can
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+bench: .venv ## the benchmarks that need no GPU; results go to benchmarks/results
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+sglang: .venv ## SGLang's own environment, .venv-sglang
+	@PYTHON="$${PYTHON:-$(CURDIR)/$(BIN)/python}" tools/setup_sglang_env.sh
+
+clean: ## remove the environments and caches (runs stay)
+	@rm -rf .venv .venv-sglang .venv-sglang.lock .build *.egg-info .pytest_cache .ruff_cache

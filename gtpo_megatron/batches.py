@@ -1,0 +1,149 @@
+"""Batches of analysed trajectories, one a step: sampled now, sampled ahead, or read back after a restart.
+
+A step's batch is stored, with the position of the prompt sampler behind it, before it is trained on. So a run that goes on
+from a checkpoint uses the batches that are stored already, and no prompt is lost or taken twice.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Self
+
+import torch.distributed as dist
+
+from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron.policy.model import world_rank
+from gtpo_megatron.rollout.collect import (
+    GroupPrompt,
+    analyse,
+    gather,
+    sample_share,
+    solutions,
+    without_signal,
+)
+from gtpo_megatron.run import Run
+from gtpo_megatron.trajectories.record import Trajectory
+
+log = logging.getLogger(__name__)
+
+
+class Batches:
+    """The batches of a run in order. Use as a context; `next` and `settle` are collective."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._rollout = run.config.rollout
+        self._ahead: dict[int, Future[list[Trajectory]]] = {}  # this rank's share of later steps' batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ahead and self._run.engine is not None:
+            self._run.engine.abort_all()
+        self._thread.shutdown(cancel_futures=True)
+
+    def next(self) -> list[Trajectory]:
+        """The batch of the run's current step; as many later ones as `rollout.staleness` allows are started."""
+        run, step = self._run, self._run.step
+        if run.config.algorithm.name == "sft":
+            return solutions(run.next_prompts(run.config.training.sft_batch_size, step), run.tokenizer, step)
+        with run.stage("rollout"):
+            batch = self._read(step) if self._is_stored(step) else self._finish(step)
+        for later in range(step + 1, min(step + 1 + self._rollout.staleness, run.config.training.steps)):
+            if self._is_stored(later):
+                self._advance_sampler(later)
+            elif later not in self._ahead:
+                prompts = self._prompts(later)
+                self._ahead[later] = self._thread.submit(self._share, prompts, later, self._keep)
+        return batch
+
+    def settle(self) -> None:
+        """Store the batches that are being sampled ahead, so that a checkpoint taken now loses none."""
+        for step in sorted(self._ahead):
+            self._finish(step)
+
+    def _is_stored(self, step: int) -> bool:
+        return on_rank_zero(lambda: self._run.store.path(step).exists())
+
+    def _read(self, step: int) -> list[Trajectory]:
+        self._advance_sampler(step)
+        return on_rank_zero(lambda: self._run.store.read(step))
+
+    def _advance_sampler(self, step: int) -> None:
+        """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
+        behind = on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
+        if behind["position"] > self._run.sampler.state_dict()["position"]:
+            self._run.sampler.load_state_dict(behind)
+
+    @property
+    def _keep(self) -> int | None:
+        return self._rollout.prompts_per_step if self._rollout.oversample > 1 else None
+
+    def _prompts(self, step: int) -> list[GroupPrompt]:
+        return self._run.next_prompts(
+            math.ceil(self._rollout.prompts_per_step * self._rollout.oversample), step
+        )
+
+    def _share(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
+        """This rank's part of the prompts, sampled and scored. No collectives: it may run beside training."""
+        run = self._run
+        if run.engine is None:
+            return []
+        own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
+        with run.engine_lock:
+            return sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
+
+    def _finish(self, step: int) -> list[Trajectory]:
+        """Sample the step's batch, or wait for it if it was started; replace groups, analyse, store."""
+        run, config = self._run, self._run.config
+        started = self._ahead.pop(step, None)
+        if started is None:
+            prompts = self._prompts(step)
+            sampled = self._gathered(prompts, step)
+        else:
+            sampled = gather(_outcome(started.result))
+        if config.rollout.dynamic_sampling.enabled:
+            sampled = self._replace_without_signal(sampled, step)
+        batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
+        with run.stage("store"):
+            notes = {"sampler": run.sampler.state_dict()}
+            on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
+        return batch
+
+    def _gathered(self, prompts: Sequence[GroupPrompt], step: int) -> list[Trajectory]:
+        return gather(_outcome(lambda: self._share(prompts, step, self._keep)))
+
+    def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
+        """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
+        unused = 1 + max(t.group for t in sampled)
+        for _ in range(self._rollout.dynamic_sampling.max_rounds):
+            silent = sorted(without_signal(sampled))
+            if not silent:
+                break
+            prompts = self._run.next_prompts(len(silent), step, first_group=unused)
+            unused += len(silent)
+            fresh = gather(_outcome(lambda: self._share(prompts, step, None)))  # noqa: B023  (called at once)
+            useful = sorted({t.group for t in fresh} - without_signal(fresh))
+            dropped = set(silent[: len(useful)])
+            log.info("step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent))
+            sampled = [t for t in sampled if t.group not in dropped] + [t for t in fresh if t.group in useful]
+        return sampled
+
+
+def _outcome(action: Callable[[], list[Trajectory]]) -> list[Trajectory] | Exception:
+    """An error of one rank travels to all through `gather`, instead of leaving them in a collective."""
+    try:
+        return action()
+    except Exception as error:
+        return error
+
+
+def _renumbered(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Groups numbered from 0 without gaps, in order."""
+    places = {group: place for place, group in enumerate(sorted({t.group for t in trajectories}))}
+    renumbered = [replace(t, group=places[t.group]) for t in trajectories]
+    return sorted(renumbered, key=lambda t: (t.group, t.index))

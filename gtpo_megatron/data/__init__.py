@@ -1,0 +1,1 @@
+"""Prompt sets and the order in which they are walked."""

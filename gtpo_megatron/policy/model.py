@@ -1,0 +1,300 @@
+"""The policy: a Megatron-Core GPTModel, spread over ranks, with weights from and to Hugging Face by Megatron-Bridge."""
+
+import contextlib
+import copy
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.policy import platform
+
+platform.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from gtpo_megatron.policy.attention import CoreAttention, RMSNorm  # noqa: E402
+
+with platform.importing_bridge():
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.conversion import model_bridge, param_mapping
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _mend_bridge() -> None:
+    """Faults of Megatron-Bridge that would load or export wrong weights, each only where it is not mended upstream."""
+    mapping = param_mapping.MegatronParamMapping
+    scatter, gather = mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks
+    to_global = model_bridge._megatron_local_name_to_global
+
+    def scatter_contiguous(self: Any, splits: list[Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
+        # it scatters views; gloo sends their memory as it lies, and o_proj and down_proj would load wrong
+        return scatter(self, [s.contiguous() for s in splits] if splits else splits, *args, **kwargs)
+
+    def gather_experts(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # 0.3.1 reads the expert's number behind ".weight", as grouped experts are named; the local layers
+        # name it in the middle: experts.local_experts.3.linear_fc1.weight
+        alias = copy.copy(self)
+        alias.megatron_param = _LOCAL_EXPERT.sub(r"\2.weight\1", self.megatron_param)
+        return gather(alias, *args, **kwargs)
+
+    def name_experts(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
+        # 0.3.1 renumbers grouped experts alone: each expert-parallel rank would load the first rank's experts
+        result = to_global(models, config, name, *args, **kwargs)
+        local, named = (re.search(r"local_experts\.(\d+)\.", text) for text in (name, result))
+        rank = parallel_state.get_expert_model_parallel_rank()
+        if local is None or rank == 0 or local[1] != named[1]:
+            return result
+        per_rank = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        return result.replace(local[0], f"local_experts.{rank * per_rank + int(local[1])}.")
+
+    mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks = scatter_contiguous, gather_experts
+    model_bridge._megatron_local_name_to_global = name_experts
+
+
+_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.(linear_fc\d)\.weight")
+_mend_bridge()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy on this rank: its model chunks (one, or several with an interleaved pipeline) and what built them."""
+
+    bridge: AutoBridge
+    config: Any  # the bridge's provider, a TransformerConfig
+    chunks: list[nn.Module]  # GPTModel in Float16Module (bf16) in DistributedDataParallel (trained policies)
+    vocab_size: int  # real vocabulary; the model's may be padded to a multiple of tensor parallelism
+    bf16: bool = field(default=False)
+
+    @property
+    def last_stage(self) -> nn.Module | None:
+        """The GPTModel chunk that ends in the output layer, if this rank holds it."""
+        model = unwrap(self.chunks[-1])
+        return model if model.post_process else None
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The GPTModel inside its wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Make Megatron's process groups over the world that torch.distributed has."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def build_policy(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    trained: bool = True,
+    distributed_optimizer: bool = False,
+    load_weights: bool = True,
+) -> Policy:
+    """Build the policy in this rank's part of the layout, and load the Hugging Face weights.
+
+    `trained=False` gives a frozen policy without gradient buffers (a reference policy, a conversion).
+    Raises UserError for an architecture that Megatron-Bridge does not know.
+    """
+    try:
+        bridge = AutoBridge.from_hf_pretrained(model.path, dtype=DTYPES[model.dtype])
+        provider = bridge.to_megatron_provider(load_weights=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.path: {model.path}: {error}") from error
+    vocab_size = provider.vocab_size
+    _configure(provider, model, parallel, training, distributed_optimizer)
+    with_engine = model.layers == "transformer_engine" or (
+        model.layers == "auto" and platform.has_transformer_engine()
+    )
+    if not with_engine:
+        _without_transformer_engine(provider)
+    provider.finalize()
+    with contextlib.redirect_stdout(io.StringIO()):  # the bridge prints progress on every rank
+        modules = provider.provide_distributed_model(
+            wrap_with_ddp=False,
+            mixed_precision_wrapper=Float16Module,
+            use_cpu_initialization=not platform.HAS_CUDA,
+        )
+        if load_weights:
+            bridge.load_hf_weights(modules)
+    for module in modules:
+        _emit_hidden_states(unwrap(module))
+        _match_rope(unwrap(module), bridge.hf_pretrained.config)
+    chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
+    if not trained:
+        chunks = modules
+        for module in modules:
+            module.requires_grad_(False).eval()
+    return Policy(bridge, provider, chunks, vocab_size, bf16=model.dtype == "bf16")
+
+
+def _configure(
+    provider: Any,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    distributed_optimizer: bool,
+) -> None:
+    dtype = DTYPES[model.dtype]
+    provider.tensor_model_parallel_size = parallel.tensor
+    provider.pipeline_model_parallel_size = parallel.pipeline
+    provider.virtual_pipeline_model_parallel_size = parallel.virtual_pipeline
+    provider.context_parallel_size = parallel.context
+    provider.expert_model_parallel_size = parallel.expert
+    provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else None
+    provider.sequence_parallel = parallel.sequence
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
+    provider.bf16, provider.fp16 = model.dtype == "bf16", False
+    if model.fp8 != "none":
+        provider.fp8, provider.fp8_recipe = model.fp8, "delayed" if model.fp8 == "hybrid" else "tensorwise"
+    # pad the vocabulary no further than tensor parallelism needs; the head masks the padding
+    provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
+    provider.hidden_dropout = provider.attention_dropout = 0.0
+    # packed rows have no fixed length; with it, the pipeline exchanges shapes before tensors
+    provider.variable_seq_lengths = True
+    provider.moe_token_dispatcher_type = "alltoall"
+    provider.moe_aux_loss_coeff = 0.0
+    provider.moe_router_load_balancing_type = "none"
+    # the loss arrives normalised over the whole batch: gradients are summed over ranks, never averaged
+    provider.calculate_per_token_loss = True
+    provider.attention_softmax_in_fp32 = True
+    provider.deterministic_mode = training.deterministic and platform.HAS_CUDA
+    if training.recompute == "full":
+        provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = (
+            "full",
+            "uniform",
+            1,
+        )
+    elif training.recompute == "selective":
+        provider.recompute_granularity = "selective"
+    if parallel.virtual_pipeline:
+        # the interleaved schedule frees an output that gloo may still be sending; and it needs overlapped sends
+        provider.deallocate_pipeline_outputs = platform.HAS_CUDA
+        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
+    elif not platform.HAS_CUDA:
+        provider.batch_p2p_comm = False
+    if distributed_optimizer and training.overlap_grad_reduce:
+        provider.overlap_grad_reduce = True
+
+
+def _without_transformer_engine(provider: Any) -> None:
+    """Megatron-Core's local layers, with torch's attention and norms; the fusions need kernels that are not here."""
+    provider.transformer_layer_spec = _local_block_spec
+    provider.gradient_accumulation_fusion = False
+    provider.masked_softmax_fusion = provider.bias_activation_fusion = provider.bias_dropout_fusion = False
+    provider.apply_rope_fusion = provider.persist_layer_norm = provider.cross_entropy_loss_fusion = False
+    provider.moe_grouped_gemm = provider.moe_permute_fusion = False
+    provider.moe_router_fusion = False
+
+
+def _local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _emit_hidden_states(model: nn.Module) -> None:
+    """Let the last stage return final hidden states [1, t, hidden]; the loss head applies the output weight itself."""
+    if model.post_process:
+        model.output_layer.forward = lambda hidden, weight=None, **_: (hidden, None)
+
+
+def _match_rope(model: nn.Module, hf_config: Any) -> None:
+    """Take the rotary frequencies of Llama-3 scaling from the checkpoint's own parameters.
+
+    Megatron-Core knows the scaling factor but fixes the other three parameters at Llama 3.1's values: a checkpoint with
+    others would run, silently wrong.
+    """
+    parameters = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported: default, llama3")
+    if kind == "llama3" and hasattr(model, "rotary_pos_emb"):
+        frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, torch.device("cpu"))
+        model.rotary_pos_emb.inv_freq.copy_(frequencies)
+
+
+def output_weight(model: nn.Module) -> nn.Parameter:
+    """This rank's shard [vocabulary / tp, hidden] of the output weight of a last-stage GPTModel."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def _data_parallel(
+    module: nn.Module, config: Any, training: TrainingConfig, distributed_optimizer: bool, index: int
+) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed_optimizer,
+        grad_reduce_in_fp32=config.params_dtype != torch.float64,  # float64: the layout tests
+        overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=False,  # the step checks, skips and counts; an assertion would end the run
+    )
+    return DistributedDataParallel(config, ddp, module, disable_bucketing=index > 0)
+
+
+def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Stream (Hugging Face name, whole tensor on the CPU). Collective: every rank must drain it; all get all tensors."""
+    modules = [c.module if isinstance(c, DistributedDataParallel) else c for c in policy.chunks]
+    for name, tensor in policy.bridge.export_hf_weights(modules, cpu=True, show_progress=False):
+        yield name, tensor.detach()
+
+
+def parameters_on_rank(policy: Policy) -> int:
+    """Number of parameters that this rank holds."""
+    return sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
+
+
+def is_reporting_rank() -> bool:
+    """Whether this rank speaks for its data-parallel replica: last stage, first of its tensor and context groups."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
+def world_rank() -> int:
+    """Global rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,264 @@
+"""One pass of a batch through the policy: Megatron's pipeline schedule, the loss head on the last stage, the update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from gtpo_megatron.config import ParallelConfig
+from gtpo_megatron.layout import sequence_alignment
+from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
+from gtpo_megatron.policy.head import TokenStatistics, token_statistics
+from gtpo_megatron.policy.model import Policy, is_reporting_rank, output_weight
+from gtpo_megatron.policy.objective import Objective, Report, completion_report
+from gtpo_megatron.trajectories.packing import plan_micro_batches
+from gtpo_megatron.trajectories.record import Trajectory
+
+CompletionStatistics = dict[str, np.ndarray]  # [completions of the whole batch] each
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What every rank knows after a pass over the batch."""
+
+    loss: float
+    completions: CompletionStatistics
+    sums: dict[str, float]  # over the whole batch
+
+
+def pack(
+    trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int, pad_id: int = 0
+) -> list[MicroBatch]:
+    """This rank's micro-batches of the batch; the same number on every data-parallel rank."""
+    alignment = sequence_alignment(parallel)
+    plan = plan_micro_batches(
+        [len(t.prompt_ids) for t in trajectories],
+        [t.length for t in trajectories],
+        token_budget=token_budget,
+        data_parallel=parallel_state.get_data_parallel_world_size(),
+        alignment=alignment,
+        micro_batches_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
+    )
+    return [
+        make_micro_batch(
+            trajectories,
+            indices,
+            alignment=alignment,
+            context_size=parallel.context,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            pad_id=pad_id,
+            device=platform.device(),
+        )
+        for indices in plan.micro_batches[parallel_state.get_data_parallel_rank()]
+    ]
+
+
+def forward_backward(
+    policy: Policy,
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    num_completions: int,
+    *,
+    temperature: float = 1.0,
+) -> PassResult:
+    """One forward and one backward pass; gradients are left, summed over all ranks, in the gradient buffers."""
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    policy.config.finalize_model_grads_func = _finalize
+    if policy.chunks[0].ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in policy.chunks]
+        policy.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    data = run_schedule(
+        policy, micro_batches, partial(_loss, policy, objective, temperature), forward_only=False
+    )
+    return _collect(data, num_completions)
+
+
+def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    # the loss carries its whole normaliser: no division by the number of tokens
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, micro_batches: Sequence[MicroBatch], num_completions: int, *, temperature: float = 1.0
+) -> PassResult:
+    """One forward pass: each completion's mean entropy and its logprob gap to the sampler. The loss is 0."""
+
+    def measure(batch: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, Report]:
+        zero = statistics.logprobs.new_zeros(())
+        if not batch.indices:
+            return zero, Report()
+        return zero, completion_report(batch, statistics, parallel_state.get_context_parallel_group())
+
+    data = run_schedule(
+        policy, micro_batches, partial(_loss, policy, measure, temperature), forward_only=True
+    )
+    return _collect(data, num_completions)
+
+
+@torch.no_grad()
+def with_logprobs(
+    policy: Policy,
+    micro_batches: Sequence[MicroBatch],
+    name: Literal["old_logprobs", "reference_logprobs"],
+    *,
+    temperature: float = 1.0,
+) -> list[MicroBatch]:
+    """The micro-batches with this policy's token logprobs under `name` (on the last stage), by one forward pass."""
+
+    kept: list[Tensor] = []
+
+    def keep(_: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, Report]:
+        kept.append(statistics.logprobs.detach())
+        return statistics.logprobs.new_zeros(()), Report()
+
+    run_schedule(policy, micro_batches, partial(_loss, policy, keep, temperature), forward_only=True)
+    if not kept:  # not the last stage
+        return list(micro_batches)
+    return [replace(batch, **{name: values}) for batch, values in zip(micro_batches, kept, strict=True)]
+
+
+def token_logprobs(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    parallel: ParallelConfig,
+    token_budget: int,
+    *,
+    temperature: float,
+) -> list[np.ndarray]:
+    """Logprobs of every token of every completion, on every rank: for certificates and inspection, not for training."""
+    micro_batches = with_logprobs(
+        policy, pack(trajectories, parallel, token_budget), "old_logprobs", temperature=temperature
+    )
+    own: list[tuple[int, int, float]] = []
+    if (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    ):
+        for batch in micro_batches:
+            index = torch.tensor(batch.indices, device=batch.completion.device)[batch.completion]
+            own += zip(index.tolist(), batch.offset.tolist(), batch.old_logprobs.tolist(), strict=True)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    result = [np.zeros(t.length, np.float32) for t in trajectories]
+    for index, offset, value in (entry for part in gathered for entry in part):
+        result[index][offset] = value
+    return result
+
+
+def run_schedule(
+    policy: Policy, micro_batches: Sequence[MicroBatch], loss: Callable, *, forward_only: bool
+) -> list[dict[str, Any]]:
+    """Run Megatron's schedule; the last stage gets what `loss` reports for each micro-batch, others an empty list."""
+    for chunk in policy.chunks:
+        chunk.train(not forward_only)
+
+    def forward_step(iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
+        batch = next(iterator)
+        keep_precision = {"fp32_output": False} if policy.bf16 else {}
+        output = model(
+            batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed, **keep_precision
+        )
+        return output, partial(loss, batch)
+
+    iterators = [iter(micro_batches) for _ in policy.chunks]
+    single = len(policy.chunks) == 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=policy.chunks[0] if single else policy.chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.size(1),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _loss(
+    policy: Policy, objective: Objective, temperature: float, batch: MicroBatch, hidden: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Megatron's loss function of one micro-batch: (loss, token count, report). Last stage only."""
+    statistics = response_statistics(policy, batch, hidden, temperature)
+    loss, report = objective(batch, statistics)
+    count = torch.tensor(len(batch.targets), dtype=torch.int, device=hidden.device)
+    report.sums["loss"] = loss.detach()
+    return loss, count, {"indices": batch.indices, "report": report}
+
+
+def response_statistics(
+    policy: Policy, batch: MicroBatch, hidden: Tensor, temperature: float
+) -> TokenStatistics:
+    """Token statistics at response positions from the last stage's hidden states [1, T (/ tp), hidden]."""
+    model = policy.last_stage
+    weight, rows = output_weight(model), hidden[0]
+    # both mappings sum the head's partial gradients of the hidden states over tensor-parallel ranks
+    if policy.config.sequence_parallel:
+        rows = gather_from_sequence_parallel_region(rows)
+    else:
+        rows = copy_to_tensor_model_parallel_region(rows)
+    return token_statistics(
+        rows[batch.rows],
+        weight,
+        batch.targets,
+        vocab_size=policy.vocab_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        temperature=temperature,
+        main_grad=weight.main_grad
+        if policy.config.gradient_accumulation_fusion and weight.requires_grad
+        else None,
+    )
+
+
+def _collect(data: list[dict[str, Any]], num_completions: int) -> PassResult:
+    """Spread the reports of the last stages to every rank."""
+    own = _own_report(data) if data else None
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own if is_reporting_rank() else None)
+    completions: CompletionStatistics = {}
+    sums: dict[str, float] = {}
+    for indices, values, scalars in (part for part in gathered if part is not None):
+        for key, value in values.items():
+            completions.setdefault(key, np.full(num_completions, np.nan, np.float32))[indices] = value
+        for key, scalar in scalars.items():
+            sums[key] = sums.get(key, 0.0) + scalar
+    return PassResult(sums.pop("loss"), completions, sums)
+
+
+def _own_report(data: list[dict[str, Any]]) -> tuple[list[int], CompletionStatistics, dict[str, float]]:
+    """Indices, values by completion, and sums of this rank's micro-batches. Collective over context-parallel ranks."""
+    reports: list[Report] = [d["report"] for d in data]
+    keys = sorted({key for report in reports for key in report.sums})
+    zero = reports[0].sums["loss"].double() * 0
+    totals = torch.stack(
+        [sum((r.sums[key].double() for r in reports if key in r.sums), zero) for key in keys]
+    )
+    dist.all_reduce(totals, group=parallel_state.get_context_parallel_group())
+    fields = sorted({key for report in reports for key in report.completions})
+    values = {
+        key: torch.cat([r.completions[key] for r in reports if r.completions]).cpu().numpy() for key in fields
+    }
+    return [i for d in data for i in d["indices"]], values, dict(zip(keys, totals.tolist(), strict=True))
+
+
+def gradients_are_finite(policy: Policy) -> bool:
+    """Whether every gradient on every rank is finite. Collective."""
+    bad = torch.zeros((), device=platform.device())
+    for chunk in policy.chunks:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            bad += (~torch.isfinite(buffer.grad_data.sum())).float()
+    dist.all_reduce(bad)
+    return not bool(bad)

@@ -1,0 +1,6 @@
+"""Rollouts from SGLang servers."""
+
+from gtpo_megatron.rollout.sglang.engine import SGLangEngine
+from gtpo_megatron.rollout.sglang.pool import Timing
+
+__all__ = ["SGLangEngine", "Timing"]

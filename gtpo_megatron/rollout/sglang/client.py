@@ -1,0 +1,175 @@
+"""SGLang's HTTP, one typed call each. Nothing else in the project knows its endpoints or field names."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.protocol import SamplingParams
+from gtpo_megatron.trajectories.record import FinishReason
+
+TEXT_ANSWERS = ("/flush_cache", "/abort_request")
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class ServerFault(Exception):
+    """A server did not answer, or not sensibly: the request may be sent elsewhere. The text names URL and answer."""
+
+
+class Refused(UserError):
+    """A server understood a request and refused it (4xx): no other server will do better."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What one /generate answered."""
+
+    token_ids: NDArray[np.int32]  # [L]
+    logprobs: NDArray[np.float32]  # [L]
+    versions: tuple[str, ...]  # [L], the server's name of the weights of each token
+    finish_reason: FinishReason
+    weight_version: str  # of the weights at the end, also where L is 0
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    tensor: int
+    weight_version: str
+
+
+class Client:
+    """Asynchronous calls; belongs to one event loop."""
+
+    def __init__(self, api_key: str | None, request_timeout_s: float) -> None:
+        self.request_timeout_s = request_timeout_s
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            trust_env=False,  # proxies of the environment are not for servers of this run
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def call(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """POST `body` (GET without one) and return the decoded answer; None where SGLang answers in prose.
+
+        Raises:
+            ServerFault: no answer in time, a broken connection, a 5xx, or an answer that is not JSON.
+            Refused: a 4xx.
+        """
+        method = "GET" if body is None else "POST"
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0))
+        try:
+            answer = await self._http.request(method, url + path, json=body, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise ServerFault(
+                f"{url}{path}: {type(error).__name__}: {error or f'no answer in {timeout_s:g} s'}"
+            ) from error
+        if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
+            raise Refused(f"{url}{path} refused the request ({answer.status_code}): {answer.text[:2000]}")
+        if answer.status_code != 200:
+            raise ServerFault(f"{url}{path} answered {answer.status_code}: {answer.text[:500]}")
+        if path.startswith(TEXT_ANSWERS):
+            return None
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise ServerFault(f"{url}{path} answered what is not JSON: {answer.content[:200]!r}") from error
+
+    async def healthy(self, url: str, timeout_s: float) -> bool:
+        """Whether the server (or the router) says that it is ready."""
+        try:
+            answer = await self._http.get(url, timeout=timeout_s)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
+
+    async def info(self, url: str, timeout_s: float = 30.0) -> ServerInfo:
+        """Tensor parallelism and weight version."""
+        answer = await self.call(url, "/server_info", None, timeout_s)
+        model = await self.call(url, "/model_info", None, timeout_s)
+        try:
+            return ServerInfo(int(answer["tp_size"]), str(model["weight_version"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerFault(
+                f"{url}/server_info lacks tp_size or weight_version: {str(answer)[:200]}"
+            ) from error
+
+    async def generate(
+        self, url: str, prompt_ids: Sequence[int], params: SamplingParams, max_new_tokens: int, rid: str
+    ) -> Sample:
+        """Sample one completion of at most `max_new_tokens`. `rid` names the request for `abort`."""
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "stop_token_ids": list(params.stop_token_ids) or None,
+        }
+        body = {
+            "rid": rid,
+            "input_ids": list(prompt_ids),
+            "sampling_params": sampling,
+            "return_logprob": True,
+        }
+        answer = await self.call(url, "/generate", body, self.request_timeout_s)
+        try:
+            return _sample(answer)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ServerFault(f"{url}/generate answered garbage ({error!r}): {str(answer)[:300]}") from error
+
+    async def score(
+        self, url: str, prompt_ids: Sequence[int], token_ids: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Natural-log probabilities [L] of `token_ids` after `prompt_ids`, at temperature 1."""
+        body = {
+            "rid": uuid.uuid4().hex,
+            "input_ids": [*map(int, prompt_ids), *map(int, token_ids)],
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": len(prompt_ids) - 1,
+        }
+        answer = await self.call(url, "/generate", body, self.request_timeout_s)
+        try:
+            entries = answer["meta_info"]["input_token_logprobs"][1:]
+            if [entry[1] for entry in entries] != list(token_ids):
+                raise ValueError("scored other tokens than it was given")
+            return np.array([entry[0] for entry in entries], np.float32)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ServerFault(f"{url}/generate answered garbage ({error!r}): {str(answer)[:300]}") from error
+
+    async def abort(self, url: str, rid: str | None, timeout_s: float = 10.0) -> None:
+        """Abort one request, or with None all. Its /generate answers at once, with the tokens so far."""
+        await self.call(url, "/abort_request", {"rid": rid} if rid else {"abort_all": True}, timeout_s)
+
+
+def _sample(answer: Any) -> Sample:
+    meta = answer["meta_info"]
+    entries = meta["output_token_logprobs"]
+    token_ids = [entry[1] for entry in entries]
+    if token_ids != answer["output_ids"]:
+        raise ValueError("output_ids and output_token_logprobs disagree")
+    logprobs = np.array([entry[0] for entry in entries], np.float32)
+    if not np.isfinite(logprobs).all():
+        raise ValueError("a logprob is not finite")
+    spans = meta.get("weight_versions") or [
+        {"version": meta["weight_version"], "start": 0, "end": len(entries)}
+    ]
+    versions = [str(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+    if len(versions) != len(token_ids):
+        raise ValueError("weight_versions do not cover the tokens")
+    return Sample(
+        np.array(token_ids, np.int32),
+        logprobs,
+        tuple(versions),
+        FINISH_REASONS[meta["finish_reason"]["type"]],
+        str(meta["weight_version"]),
+    )

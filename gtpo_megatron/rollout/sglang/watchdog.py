@@ -1,0 +1,58 @@
+"""Runs one command and ends with its owner: python -I watchdog.py OWNER_PID COMMAND...
+
+However the owner ends, SIGKILL included, the command and all its children are killed within a second. The owner's
+death shows as a change of this process's parent, which, unlike PR_SET_PDEATHSIG, does not depend on the thread that
+started it, and unlike a pipe is not kept open by the owner's other children. Standard library only.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.3
+GRACE_S = 5.0
+
+
+def _die_with_watchdog() -> None:
+    """In the command's process: SIGKILL it when the watchdog itself is killed (single-threaded, so this is exact)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> NoReturn:
+    """SIGTERM, a few seconds' grace, then SIGKILL to the whole group, this process included."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    try:
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        pass
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError("SIGKILL returned")
+
+
+def main() -> None:
+    owner, command = int(sys.argv[1]), sys.argv[2:]
+    ended = False
+
+    def end(signum: int, frame: object) -> None:
+        nonlocal ended
+        ended = True
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(command, preexec_fn=_die_with_watchdog)
+    while child.poll() is None:
+        if ended or os.getppid() != owner:
+            _end_group(child)
+        time.sleep(POLL_S)
+    print(f"watchdog: the command ended with code {child.returncode}", file=sys.stderr, flush=True)
+    _end_group(child)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Everything that a run holds, opened and closed in one place; `train.py` is the algorithm that walks over it."""
+
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gtpo_megatron.config import DataConfig, RunConfig
+from gtpo_megatron.config_loading import load_config, save_config
+from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
+from gtpo_megatron.data.sampler import PromptSampler
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.metrics import MetricsWriter
+from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.checkpoint import Checkpointer, TrainState
+from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron.policy.model import (
+    DTYPES,
+    Policy,
+    build_policy,
+    export_hf_weights,
+    initialize_parallel,
+    world_rank,
+)
+from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
+from gtpo_megatron.progress import RunProgress
+from gtpo_megatron.rewards.pool import RewardPool
+from gtpo_megatron.rollout.collect import GroupPrompt, group_seed
+from gtpo_megatron.rollout.embedded import EmbeddedEngine
+from gtpo_megatron.rollout.protocol import RolloutEngine, SamplingParams
+from gtpo_megatron.trajectories.store import TrajectoryStore
+
+log = logging.getLogger("gtpo_megatron")
+
+# a resumed run may change these; anything else would make it another run
+RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
+FIXED = {
+    "training": ("seed", "sft_batch_size"),
+    "rollout": (
+        "engine",
+        "prompts_per_step",
+        "group_size",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+    ),
+    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_grad"),
+}
+
+
+class Run:
+    """A run in progress on this rank. Use as a context; building it is collective."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.path
+        self._stack = ExitStack()
+        self._stop_signal: int | None = None
+        self.seconds: dict[str, float] = {}  # of this step's stages
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        config = self.config
+        platform.init_process_group()
+        self.main = world_rank() == 0
+        on_rank_zero(lambda: claim_directory(config))
+        self._stack.enter_context(logging_to(self.path / "logs" / f"rank-{world_rank()}.log"))
+        initialize_parallel(config.parallel, config.training.seed)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config.model.tokenizer or config.model.path
+        )
+        self.prompts = self._load_prompts(config.data)
+        self.evaluation_prompts = (
+            self._load_prompts(config.evaluation.data) if config.evaluation.data else None
+        )
+        self.sampler = PromptSampler(
+            len(self.prompts), config.training.seed, config.data.shuffle, self.prompts.fingerprint
+        )
+        self.policy: Policy = build_policy(
+            config.model, config.parallel, config.training, distributed_optimizer=config.optimizer.distributed
+        )
+        self.reference: Policy | None = None
+        if config.algorithm.kl_beta:
+            self.reference = build_policy(config.model, config.parallel, config.training, trained=False)
+        updates = config.training.steps * config.algorithm.updates_per_batch
+        self.optimizer: Optimizer = build_optimizer(config.optimizer, self.policy, updates)
+        self.store = TrajectoryStore(self.path / "trajectories")
+        self.checkpointer = Checkpointer(
+            self.path / "checkpoints", config, self.policy, self.optimizer, config.model.path
+        )
+        self._restore()
+        self._open_record()
+        self._open_sampling()
+        self._catch_signals()
+
+    def _load_prompts(self, data: DataConfig) -> PromptSet:
+        prompts = load_prompts(data, self.tokenizer)
+        log.info(
+            "%s: %d prompts of %d rows (%d too long, %d malformed)",
+            data.path,
+            len(prompts),
+            prompts.rows,
+            prompts.too_long,
+            prompts.skipped,
+        )
+        return prompts
+
+    def _restore(self) -> None:
+        state = self.checkpointer.load_latest() or TrainState(0, 0, None, self.sampler.state_dict())
+        self.sampler.load_state_dict(state.sampler)
+        self.step, self.version = state.step, state.weight_version
+        self.initial_entropy, self.bad_steps = state.initial_entropy, state.bad_steps
+        self.saved_step = state.step if state.step else -1
+
+    def _open_record(self) -> None:
+        self.metrics: MetricsWriter | None = None
+        if self.main:
+            self.metrics = self._stack.enter_context(MetricsWriter(self.path, self.config.logging))
+            self.metrics.truncate_after(self.step if self.step else -1)
+        self.progress: RunProgress = self._stack.enter_context(
+            RunProgress(self.config.training.steps, self.config.logging.progress, self.step, self.main)
+        )
+        if self.step:
+            self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
+        for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
+            if prompts is not None and (prompts.too_long or prompts.skipped):
+                self.progress.note(
+                    f"{name}: {prompts.too_long} prompts over the token limit and {prompts.skipped} malformed rows "
+                    f"left out of {prompts.rows}"
+                )
+
+    def _open_sampling(self) -> None:
+        config = self.config
+        self.engine: RolloutEngine | None = None
+        self.engine_lock = threading.Lock()
+        self.rewards: RewardPool | None = None
+        self.samples = config.algorithm.name != "sft" or config.evaluation.data is not None
+        if not self.samples:
+            return
+        embedded = config.rollout.engine == "embedded" or config.algorithm.name == "sft"
+        if embedded or self.main:
+            self.engine = self._make_engine(embedded)
+            self._stack.callback(self.engine.close)
+            if config.algorithm.name != "sft":
+                self.rewards = self._stack.enter_context(RewardPool(config.rewards))
+        self.publish_weights()
+
+    def _make_engine(self, embedded: bool) -> RolloutEngine:
+        config = self.config
+        if embedded:
+            return EmbeddedEngine(
+                config.model.path,
+                DTYPES[config.model.dtype],
+                platform.device(),
+                config.rollout.batch_size,
+                self.tokenizer.pad_token_id,
+            )
+        from gtpo_megatron.rollout.sglang.engine import SGLangEngine
+
+        return SGLangEngine(config.rollout.sglang, config.model.path, config.model.dtype, self.path / "logs")
+
+    def publish_weights(self) -> None:
+        """Give the engine the policy's weights. Collective: all ranks take part in the export."""
+        if not self.samples:
+            return
+        weights = export_hf_weights(self.policy)
+        if self.engine is not None:
+            with (
+                self.engine_lock
+            ):  # a batch that is being sampled ahead is finished with the weights it began with
+                self.engine.update_weights(weights, self.version)
+        for _ in weights:
+            pass  # ranks without an engine, and what an engine left, still take part
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How training completions are sampled."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            n=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=stop_token_ids(self.tokenizer),
+        )
+
+    def next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
+        """The next prompts of the sampler, with their places in the batch and seeds."""
+        return [
+            GroupPrompt(
+                group, self.prompts.prompts[index], group_seed(self.config.training.seed, step, group)
+            )
+            for group, index in enumerate(self.sampler.next(count), start=first_group)
+        ]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show and time a stage of the step, in seconds."""
+        with self.progress.stage(name):
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                platform.synchronize()
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, once. Collective."""
+        if self.saved_step == self.step:
+            return
+        self.checkpointer.save(
+            TrainState(
+                step=self.step,
+                weight_version=self.version,
+                initial_entropy=self.initial_entropy,
+                sampler=self.sampler.state_dict(),
+                bad_steps=self.bad_steps,
+                trained_steps=self.step,
+            )
+        )
+        self.saved_step = self.step
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective."""
+        flag = torch.tensor(float(self._stop_signal is not None), device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _catch_signals(self) -> None:
+        def handle(number: int, _: Any) -> None:
+            if self._stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt  # asked twice: now
+            self._stop_signal = number
+            if self.main:
+                self.progress.note("stopping after this step (Ctrl-C again: at once)")
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            previous = signal.signal(number, handle)
+            self._stack.callback(signal.signal, number, previous)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End engine, workers and files."""
+        self._stack.close()
+
+
+def claim_directory(config: RunConfig) -> None:
+    """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
+    path = config.path / "config.yaml"
+    if path.exists():
+        differences = list(_differences(load_config(path), config))
+        if differences:
+            shown = "; ".join(differences[:5])
+            raise UserError(
+                f"{config.path}: holds a run with another configuration ({shown}). "
+                "Give this run another name (name=...), or remove the directory"
+            )
+    config.path.mkdir(parents=True, exist_ok=True)
+    (config.path / "logs").mkdir(exist_ok=True)
+    free = shutil.disk_usage(config.path).free
+    if free < 2**28:
+        raise UserError(
+            f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
+        )
+    save_config(config, path)
+
+
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for section, value in after.items():
+        if section not in RESUMABLE and value != before[section]:
+            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
+        for key in FIXED.get(section, ()):
+            if value[key] != before[section][key]:
+                yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send log records to a file of this rank, and this package's warnings to the console as well."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    console.addFilter(lambda record: record.name.startswith("gtpo_megatron"))
+    level = root.level
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    root.addHandler(console)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        root.removeHandler(console)
+        handler.close()

@@ -1,0 +1,189 @@
+"""The training loop: prompt -> group rollout -> reward -> trajectory -> store -> one forward, one backward -> engine."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from megatron.core import parallel_state
+
+from gtpo_megatron.batches import Batches
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.evaluation import evaluate_prompts, figures
+from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.batch import MicroBatch
+from gtpo_megatron.policy.hf_export import export_hf_checkpoint
+from gtpo_megatron.policy.objective import BatchConstants, make_objective
+from gtpo_megatron.policy.optimizer import Update, apply_update
+from gtpo_megatron.policy.step import PassResult, forward_backward, pack, score, with_logprobs
+from gtpo_megatron.report import write_report
+from gtpo_megatron.run import Run
+from gtpo_megatron.trajectories.analysis import summarise
+from gtpo_megatron.trajectories.record import Trajectory
+
+log = logging.getLogger(__name__)
+COMPLETE, STOPPED = 0, 3
+
+
+def train(config: RunConfig) -> int:
+    """Train as configured, from the newest checkpoint of the run if it has one. Collective.
+
+    Returns 0 when all steps are done, 3 when a signal stopped the run (the same command goes on from there).
+    Raises UserError for what the user can mend; whatever was done until then is written.
+    """
+    with Run(config) as run, Batches(run) as batches:
+        if run.step == 0:
+            evaluate(run)
+        while run.step < config.training.steps and not run.stop_requested():
+            run.seconds.clear()
+            trajectories = batches.next()
+            passed, update = train_on(run, trajectories)
+            run.step, run.version = run.step + 1, run.version + update.applied
+            with run.stage("weights"):
+                run.publish_weights()
+            record(run, trajectories, passed, update)
+            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+                batches.settle()
+                run.save_checkpoint()
+            run.checkpointer.poll()
+            if run.step == config.training.steps or _due(run.step, config.evaluation.every):
+                evaluate(run)
+            stop_after_bad_steps(run, update)
+        batches.settle()
+        finish(run)
+    if run.main:
+        write_report(run.path)
+    return COMPLETE if run.step >= config.training.steps else STOPPED
+
+
+def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
+    """The update(s) of one batch. GTPO on policy: one forward and one backward pass, nothing else."""
+    config, algorithm = run.config, run.config.algorithm
+    temperature = config.rollout.temperature if algorithm.name != "sft" else 1.0
+    count = len(trajectories)
+    with run.stage("training"):
+        micro_batches = pack(trajectories, config.parallel, config.training.micro_batch_tokens)
+        if run.initial_entropy is None and algorithm.name == "gtpo":
+            entropy = score(run.policy, micro_batches, count, temperature=temperature).completions["entropy"]
+            run.initial_entropy = float(entropy.mean(dtype=np.float64))
+        micro_batches = with_old_logprobs(run, micro_batches, temperature)
+        if run.reference is not None:
+            micro_batches = with_logprobs(
+                run.reference, micro_batches, "reference_logprobs", temperature=temperature
+            )
+        constants = BatchConstants.of(trajectories, algorithm, platform.device())
+        context = parallel_state.get_context_parallel_group()
+        objective = make_objective(algorithm, constants, run.initial_entropy or 0.0, context)
+        for _ in range(algorithm.updates_per_batch):
+            passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
+            update = apply_update(run.optimizer, run.policy, passed.loss)
+    return passed, update
+
+
+def with_old_logprobs(run: Run, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
+    """Give the micro-batches what the likelihood ratio needs: nothing, the sampler's logprobs, or one more forward."""
+    algorithm = run.config.algorithm
+    if algorithm.name == "sft":
+        return micro_batches
+    if algorithm.old_logprobs == "sampler":
+        return [replace(batch, old_logprobs=batch.sampled_logprobs) for batch in micro_batches]
+    if algorithm.updates_per_batch > 1:
+        return with_logprobs(run.policy, micro_batches, "old_logprobs", temperature=temperature)
+    return micro_batches
+
+
+def record(run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update) -> None:
+    """Write the step's metrics."""
+    if not run.main:
+        return
+    tokens = sum(t.length for t in trajectories)
+    metrics: dict[str, Any] = {"loss": passed.loss, "grad_norm": update.grad_norm, "lr": update.learning_rate}
+    metrics |= {"update/applied": update.applied, "weight_version": run.version}
+    if run.config.algorithm.name != "sft":
+        metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
+        metrics["entropy/initial"] = run.initial_entropy
+        metrics["staleness"] = (
+            run.version - update.applied - min(int(t.token_versions.min()) for t in trajectories)
+        )
+    seconds = sum(run.seconds.values())
+    metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
+    metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
+    metrics["memory/peak_gib"] = platform.peak_memory_gib()
+    run.metrics.log(run.step, metrics)
+    run.progress.step(run.step, metrics)
+
+
+def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[str, float]:
+    """What the training pass saw: entropy, gate, and the gap between trainer and sampler."""
+    values = passed.completions
+    quantiles = np.quantile(values["entropy"], (0.1, 0.5, 0.9))
+    metrics = {
+        "entropy/mean": values["entropy"].mean(),
+        "entropy/p10": quantiles[0],
+        "entropy/p50": quantiles[1],
+        "entropy/p90": quantiles[2],
+        "logprob_gap/mean": values["gap"].mean(),
+        "logprob_gap/max": values["gap_max"].max(),
+    }
+    if "gate" in values:
+        metrics["gate/pass_rate"] = values["gate"].mean()
+    per = {"clipped": ("ratio/clipped_share", tokens), "kl": ("kl/mean", tokens)}
+    per["importance_truncated"] = ("importance/truncated_share", completions)
+    for name, total in passed.sums.items():
+        metric, count = per[name]
+        metrics[metric] = total / count
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def evaluate(run: Run) -> None:
+    """Measure accuracy and format on the held-out prompts, if the run has any."""
+    if run.evaluation_prompts is None:
+        return
+    with run.stage("evaluation"):
+        prompts = run.evaluation_prompts.prompts
+        result = figures(
+            evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
+        )
+    if run.main:
+        run.metrics.log(run.step, result)
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in result.items())
+        run.progress.note(f"evaluation after step {run.step}: {shown}")
+
+
+def stop_after_bad_steps(run: Run, update: Update) -> None:
+    """Count updates skipped in a row; note each for replay, and end the run when there are too many."""
+    if update.applied:
+        run.bad_steps = 0
+        return
+    run.bad_steps += 1
+    batch = run.store.path(run.step - 1)
+    log.warning(
+        "step %d: loss or gradients are not finite; the update was skipped (batch: %s)", run.step, batch
+    )
+    if run.main:
+        note = run.path / "bad_steps" / f"step-{run.step:08d}.json"
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps({"step": run.step, "batch": str(batch), "weight_version": run.version}))
+    if run.bad_steps >= run.config.training.max_bad_steps:
+        raise UserError(
+            f"{run.bad_steps} steps in a row had a loss or gradients that are not finite "
+            f"(training.max_bad_steps: {run.config.training.max_bad_steps}); their batches are named in "
+            f"{run.path / 'bad_steps'}"
+        )
+
+
+def finish(run: Run) -> None:
+    """Save, and export the trained policy."""
+    config = run.config
+    with run.stage("checkpoint"):
+        run.save_checkpoint()
+        run.checkpointer.finish()
+        if run.step >= config.training.steps and config.checkpoint.export_hf:
+            export_hf_checkpoint(run.policy, config.model.path, run.path / "hf", config.model.dtype)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

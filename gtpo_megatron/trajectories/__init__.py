@@ -1,0 +1,1 @@
+"""The trajectory, its store, and what can be told from it."""

@@ -1,0 +1,53 @@
+"""A step's trajectories in figures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gtpo_megatron.trajectories.record import Trajectory
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Metrics of one step, all completions weighing the same.
+
+    Lengths are in tokens. `conflict/protected_share` and `conflict/amplified_share` are shares of all generated tokens:
+    those in conflict in completions of negative advantage (weight 0) and of positive advantage (weight w).
+    `groups/no_signal` is the share of groups whose rewards are all equal.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not trajectories:
+        raise ValueError("trajectories: a step without completions has no metrics")
+    rewards = np.array([t.reward for t in trajectories])
+    advantages = np.array([t.advantage for t in trajectories])
+    lengths = np.array([t.length for t in trajectories])
+    in_conflict = np.minimum(lengths, [t.prefix + t.suffix for t in trajectories])  # the runs may overlap
+    tokens = max(int(lengths.sum()), 1)
+
+    metrics = {"reward/mean": rewards.mean(), "reward/std": rewards.std()}
+    for term in sorted({term for t in trajectories for term in t.reward_terms}):
+        metrics[f"reward/{term}"] = np.mean([t.reward_terms.get(term, 0.0) for t in trajectories])
+    metrics |= {
+        "reward/failed": np.mean([t.reward_error is not None for t in trajectories]),
+        "advantage/abs_mean": np.abs(advantages).mean(),
+        "advantage/max": advantages.max(),
+        "advantage/min": advantages.min(),
+        "response/length_mean": lengths.mean(),
+        "response/length_max": lengths.max(),
+        "response/truncated": np.mean([t.finish_reason == "length" for t in trajectories]),
+        "conflict/prefix_mean": np.mean([t.prefix for t in trajectories]),
+        "conflict/suffix_mean": np.mean([t.suffix for t in trajectories]),
+        "conflict/protected_share": in_conflict[advantages < 0].sum() / tokens,
+        "conflict/amplified_share": in_conflict[advantages > 0].sum() / tokens,
+        "groups/no_signal": _no_signal(trajectories, rewards),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _no_signal(trajectories: Sequence[Trajectory], rewards: NDArray[np.float64]) -> float:
+    groups: dict[tuple[int, int], list[float]] = {}
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
+        groups.setdefault((trajectory.step, trajectory.group), []).append(float(reward))
+    return float(np.mean([min(group) == max(group) for group in groups.values()]))

@@ -1,0 +1,108 @@
+"""Long-lived worker processes that act as gloo ranks, so that torch and Megatron-Core are imported once per session."""
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 600
+
+
+class RankPool:
+    """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results by rank. An exception on any rank is raised here with the ranks' tracebacks."""
+        while len(self._workers) < world_size:
+            self._start()
+        with tempfile.TemporaryDirectory() as directory:
+            job = (
+                function.__module__,
+                function.__qualname__,
+                args,
+                world_size,
+                os.path.join(directory, "store"),
+            )
+            for rank in range(world_size):
+                self._workers[rank][1].send((rank, *job))
+            answers = self._collect(world_size)
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            self.close()  # a rank that failed may have left the others inside a collective
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def _collect(self, world_size: int) -> list[tuple[bool, Any]]:
+        pending = {self._workers[rank][1]: rank for rank in range(world_size)}
+        answers: list[tuple[bool, Any]] = [
+            (False, "no answer: another rank failed, or a deadlock")
+        ] * world_size
+        while pending:
+            wait = TIMEOUT_S if len(pending) == world_size or all(ok for ok, _ in answers if _) else 10
+            ready = multiprocessing.connection.wait(list(pending), timeout=wait)
+            if not ready:
+                break
+            for connection in ready:
+                rank = pending.pop(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    answers[rank] = (False, "the worker process died")
+        return answers
+
+    def _start(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, module, name, args, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            function = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            connection.send((True, function(*args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            _leave()
+
+
+def _leave() -> None:
+    """Forget the process groups of the job, Megatron's included."""
+    import sys
+
+    import torch.distributed as dist
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

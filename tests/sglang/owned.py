@@ -1,0 +1,31 @@
+"""A trainer in small, for test_owned: starts a server of its own and samples until it is killed; says what it sees."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from gtpo_megatron.config import SGLangConfig
+from gtpo_megatron.rollout.protocol import PromptRequest, SamplingParams
+from gtpo_megatron.rollout.sglang import SGLangEngine
+
+
+def main() -> None:
+    checkpoint, python, logs = sys.argv[1:]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)  # so that a server with the checkpoint's weights would show
+    config = SGLangConfig(servers=1, python=python, start_timeout_s=400, api_key="env:OWNED_KEY")
+    engine = SGLangEngine(config, checkpoint, "fp32", Path(logs), "cpu")
+    engine.update_weights(model.state_dict().items(), 0)
+    step = 0
+    while True:
+        groups = list(engine.generate([PromptRequest(0, (5, 6, 7), 0)], SamplingParams(4, 64)))
+        engine.verify_weights(model.state_dict().items())
+        print(f"step {step} {len(groups[0].completions)} {next(iter(engine.status()))}", flush=True)
+        step += 1
+
+
+if __name__ == "__main__":
+    main()

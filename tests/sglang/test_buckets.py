@@ -1,0 +1,44 @@
+"""Packing of weights into buckets, and the copies kept of them."""
+
+from pathlib import Path
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from gtpo_megatron.rollout.sglang.buckets import Snapshot, pack
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+SHAPES = st.lists(st.integers(0, 5), max_size=3)
+
+
+@given(st.lists(st.tuples(DTYPES, SHAPES), max_size=12), st.integers(1, 200))
+def test_buckets_keep_order_and_bytes_and_respect_size_and_alignment(
+    kinds: list[tuple[torch.dtype, list[int]]], max_bytes: int
+) -> None:
+    weights = [(f"w{i}", torch.randn(shape).to(dtype)) for i, (dtype, shape) in enumerate(kinds)]
+    buckets = list(pack(iter(weights), max_bytes))
+    unpacked = [pair for bucket in buckets for pair in bucket.tensors()]
+    assert [name for name, _ in unpacked] == [name for name, _ in weights]
+    for (_, ours), (_, theirs) in zip(unpacked, weights, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert ours.reshape(-1).view(torch.uint8).equal(theirs.reshape(-1).view(torch.uint8))
+    for bucket in buckets:
+        assert bucket.flat.numel() <= max_bytes or len(bucket.names) == 1
+
+
+def test_a_snapshot_in_a_directory_is_a_checkpoint(tmp_path: Path) -> None:
+    weights = {f"w{i}": torch.randn(8, 8).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(6)}
+    snapshot = Snapshot(4, tmp_path / "weights-4")
+    for bucket in pack(weights.items(), 600):
+        snapshot.add(bucket)
+    snapshot.finish()
+    files = sorted((tmp_path / "weights-4").glob("*.safetensors"))
+    assert len(files) > 1
+    loaded = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert loaded.keys() == weights.keys()
+    assert all(loaded[name].equal(weights[name]) for name in weights)
+    snapshot.delete()
+    assert not (tmp_path / "weights-4").exists()

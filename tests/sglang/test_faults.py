@@ -1,0 +1,182 @@
+"""Faults injected for real: signals to servers, and a proxy that hangs, cuts, delays, answers 500 or garbage."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.protocol import Group, PromptRequest, SamplingParams
+from gtpo_megatron.rollout.sglang import SGLangEngine
+from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
+from tests.sglang.proxy import FaultyProxy
+
+pytestmark = pytest.mark.sglang
+
+
+class Sampling:
+    """A generate call in the background, under way when the constructor returns."""
+
+    def __init__(self, engine: SGLangEngine, groups: int, tokens: int) -> None:
+        self.requests = [PromptRequest(i, (5, 6, 7 + i), 0) for i in range(groups)]
+        self.groups: list[Group] = []
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(engine, tokens))
+        self._thread.start()
+        time.sleep(0.7)
+
+    def _run(self, engine: SGLangEngine, tokens: int) -> None:
+        try:
+            self.groups.extend(engine.generate(self.requests, SamplingParams(2, tokens)))
+        except UserError as error:
+            self.error = error
+
+    def finish(self, model: PreTrainedModel, timeout_s: float = 150.0) -> None:
+        """Every group answered once, by the current weights."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive()
+        assert self.error is None
+        assert sorted(g.request.group for g in self.groups) == list(range(len(self.requests)))
+        for group in self.groups:
+            assert len(group.completions) == 2
+            for completion in group.completions:
+                assert completion.finish_reason in ("stop", "length")
+                ours = logprobs_of(model, group.request.prompt_ids, completion.token_ids)
+                np.testing.assert_allclose(completion.logprobs, ours, atol=2e-4)
+
+    def wait(self) -> UserError | None:
+        """The error that it ended with."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        assert isinstance(self.error, UserError | None)
+        return self.error
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("fault", ["hang", "cut", "error", "garbage", "slow"])
+def test_requests_of_a_server_that_fails_are_answered_by_the_other(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy, fault: str
+) -> None:
+    engine = make_engine(
+        urls=(proxy.url, servers.urls[1]), request_timeout_s=3.0 if fault == "hang" else 60.0
+    )
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/generate": fault}
+    sampling = Sampling(engine, groups=6, tokens=12)
+    sampling.finish(model)
+    assert proxy.seen
+    proxy.faults = {}
+    until(lambda: engine.status()[proxy.url] == "ready")
+    Sampling(engine, groups=3, tokens=12).finish(model)
+
+
+def test_a_network_cut_is_survived_and_the_server_taken_back(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
+) -> None:
+    engine = make_engine(urls=(proxy.url, servers.urls[1]))
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/": "cut"}
+    Sampling(engine, groups=4, tokens=12).finish(model)
+    until(lambda: engine.status()[proxy.url] == "down")
+    perturb(model, 1)
+    engine.update_weights(weights_of(model), 1)  # which the cut-off server misses
+    proxy.faults = {}
+    until(lambda: engine.status()[proxy.url] == "ready")
+    Sampling(engine, groups=6, tokens=12).finish(model)
+    engine.verify_weights(weights_of(model))
+
+
+def test_a_stopped_server_is_left_and_taken_back(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
+) -> None:
+    engine = make_engine(request_timeout_s=300.0)
+    engine.update_weights(weights_of(model), 0)
+    group = os.getpgid(servers.processes[0].popen.pid)
+    try:
+        sampling = Sampling(engine, groups=4, tokens=400)
+        os.killpg(group, signal.SIGSTOP)
+        sampling.finish(model)
+        assert engine.status()[servers.urls[0]] == "down"
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    until(lambda: engine.status()[servers.urls[0]] == "ready")
+
+
+@pytest.mark.parametrize(
+    "path", ["/update_weights_from_distributed", "/begin_weight_update", "/continue_generation"]
+)
+def test_a_transfer_that_breaks_off_is_repeated(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy, path: str
+) -> None:
+    engine = make_engine(urls=(proxy.url, servers.urls[1]))
+    engine.update_weights(weights_of(model), 0)
+    perturb(model, 1)
+    proxy.faults = {path: "error"}
+    threading.Timer(3.0, proxy.faults.clear).start()
+    engine.update_weights(weights_of(model), 1)
+    until(lambda: set(engine.status().values()) == {"ready"})
+    assert path in proxy.seen
+    Sampling(engine, groups=6, tokens=12).finish(model)
+    engine.verify_weights(weights_of(model))
+
+
+def test_without_any_server_the_run_waits_and_then_stops_with_a_message(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
+) -> None:
+    engine = make_engine(urls=(proxy.url,), no_server_timeout_s=6.0)
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/": "cut"}
+    error = Sampling(engine, groups=2, tokens=12).wait()
+    assert "no SGLang server has been usable for 6 s" in str(error)
+    assert proxy.url in str(error)
+    with pytest.raises(UserError, match="no SGLang server"):
+        engine.update_weights(weights_of(model), 1)
+    proxy.faults = {}
+    until(lambda: set(engine.status().values()) == {"ready"})
+    Sampling(engine, groups=2, tokens=12).finish(model)
+
+
+def test_the_file_of_urls_is_followed(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    urls = tmp_path / "urls.txt"
+    urls.write_text(f"# servers\n{servers.urls[0]}\n")
+    engine = make_engine(urls_file=str(urls))
+    engine.update_weights(weights_of(model), 0)
+    assert list(engine.status()) == servers.urls[:1]
+    urls.write_text("not a url\n")
+    time.sleep(1.5)
+    assert list(engine.status()) == servers.urls[:1]
+    urls.write_text(f"{servers.urls[1]}/\n")
+    until(lambda: engine.status() == {servers.urls[1]: "ready"})
+    Sampling(engine, groups=4, tokens=12).finish(model)
+
+
+def test_generation_goes_through_the_router_and_survives_its_death(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
+) -> None:
+    engine = make_engine(router=True)
+    engine.update_weights(weights_of(model), 0)
+    until(lambda: engine.router_url is not None, 120)
+    first = engine.router_url
+    Sampling(engine, groups=6, tokens=12).finish(model)
+    sampling = Sampling(engine, groups=6, tokens=300)
+    assert engine.router_pid is not None
+    os.killpg(engine.router_pid, signal.SIGKILL)
+    sampling.finish(model)
+    until(lambda: engine.router_url not in (None, first), 120)
+    perturb(model, 1)
+    engine.update_weights(weights_of(model), 1)
+    Sampling(engine, groups=6, tokens=12).finish(model)

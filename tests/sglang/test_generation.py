@@ -1,0 +1,102 @@
+"""Groups from real servers: exact logprobs, every request answered once, clear refusals."""
+
+import itertools
+import time
+
+import httpx
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.protocol import PromptRequest, SamplingParams
+from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, weights_of
+
+pytestmark = pytest.mark.sglang
+
+
+def requests(count: int) -> list[PromptRequest]:
+    return [PromptRequest(i, (5, 6, 7 + i), seed=i) for i in range(count)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 20), (0.0, 1.0, 0)])
+def test_every_request_is_answered_once_with_the_trainers_logprobs(
+    make_engine: MakeEngine, model: PreTrainedModel, temperature: float, top_p: float, top_k: int
+) -> None:
+    engine = make_engine(concurrency=8)
+    engine.update_weights(weights_of(model), 3)
+    params = SamplingParams(4, 24, temperature, top_p, top_k, stop_token_ids=(2,))
+    groups = list(engine.generate(requests(10), params))
+    assert sorted(g.request.group for g in groups) == list(range(10))
+    for group in groups:
+        assert len(group.completions) == 4
+        for completion in group.completions:
+            assert (completion.token_versions == 3).all()
+            assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 2 else "length")
+            assert completion.finish_reason == "stop" or len(completion.token_ids) == 24
+            if temperature:
+                ours = logprobs_of(model, group.request.prompt_ids, completion.token_ids, temperature)
+                np.testing.assert_allclose(completion.logprobs, ours, atol=1e-4)
+    if not temperature:
+        assert all(
+            np.array_equal(c.token_ids, g.completions[0].token_ids) for g in groups for c in g.completions
+        )
+
+
+def test_both_servers_share_the_work(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
+) -> None:
+    engine = make_engine(concurrency=4)
+    engine.update_weights(weights_of(model), 0)
+    before = [process.log.read_text().count("POST /generate") for process in servers.processes]
+    list(engine.generate(requests(6), SamplingParams(4, 16)))
+    after = [process.log.read_text().count("POST /generate") for process in servers.processes]
+    assert sum(after) - sum(before) == 24
+    assert min(b - a for a, b in zip(before, after, strict=True)) > 4
+
+
+def test_leaving_early_or_abort_all_ends_the_rest_on_the_servers(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
+) -> None:
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+    long = SamplingParams(4, 3500)  # minutes, if nobody ends them
+    short_first = engine.generate(requests(4), SamplingParams(2, 4))
+    left = engine.generate(requests(8), long)
+    aborted = engine.generate(requests(8), long)
+    assert len(list(itertools.islice(short_first, 2))) == 2
+    left.close()
+    engine.abort_all()
+    assert list(aborted) == []
+    deadline = time.monotonic() + 20
+    while any(_running(url) for url in servers.urls):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(list(engine.generate(requests(2), SamplingParams(2, 4)))) == 2
+
+
+def _running(url: str) -> int:
+    loads = httpx.get(f"{url}/v1/loads", timeout=30).json()["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_refusals_name_the_server_and_its_answer(make_engine: MakeEngine, model: PreTrainedModel) -> None:
+    engine = make_engine()
+    with pytest.raises(UserError, match="update_weights first"):
+        engine.generate(requests(1), SamplingParams(1, 4))
+    engine.update_weights(weights_of(model), 0)
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        engine.generate([PromptRequest(0, (5, 320), 0)], SamplingParams(1, 4))
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+/generate refused .* longer than"):
+        list(engine.generate([PromptRequest(0, (5,) * 5000, 0)], SamplingParams(1, 4)))
+    assert len(list(engine.generate(requests(1), SamplingParams(2, 4)))) == 1
+
+
+def test_a_late_group_goes_on_elsewhere(make_engine: MakeEngine, model: PreTrainedModel) -> None:
+    engine = make_engine(group_timeout_s=0.5, partial=True)
+    engine.update_weights(weights_of(model), 0)
+    (group,) = engine.generate(requests(1), SamplingParams(2, 1500))
+    for completion in group.completions:
+        assert completion.finish_reason in ("stop", "length")
+        ours = logprobs_of(model, group.request.prompt_ids, completion.token_ids)
+        np.testing.assert_allclose(completion.logprobs, ours, atol=2e-4)

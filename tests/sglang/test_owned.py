@@ -1,0 +1,110 @@
+"""Servers that the trainer starts: restarted when killed, ended when the trainer is, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from gtpo_megatron.config import SGLangConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang.servers import WATCHDOG, make_launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.sglang
+def test_a_killed_server_is_restarted_and_all_end_with_the_trainer(
+    sglang_python: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "tests.sglang.owned", str(checkpoint), sglang_python, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OWNED_KEY": "a-secret"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        first = _line(trainer)
+        family = psutil.Process(trainer.pid).children(recursive=True)
+        assert any("sglang" in name for name in map(_command, family))
+        assert not any("a-secret" in _command(process) for process in family)
+        assert httpx.post(f"{first[3]}/flush_cache", timeout=30).status_code == 401
+        next(p for p in family if _command(p).startswith("sglang::scheduler")).send_signal(signal.SIGKILL)
+        url = first[3]
+        while url == first[3]:
+            number, completions, url = _line(trainer)[1:]
+        assert int(number) > int(first[1])
+        assert completions == "4"
+        family = psutil.Process(trainer.pid).children(recursive=True)
+        assert len(family) > 2
+    finally:
+        trainer.kill()
+        trainer.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def _line(trainer: subprocess.Popen[str]) -> list[str]:
+    assert trainer.stdout is not None
+    line = trainer.stdout.readline()
+    assert line, "the trainer ended"
+    return line.split()
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def test_the_watchdog_ends_the_whole_tree_with_its_owner(tmp_path: Path) -> None:
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); time.sleep(600)"
+    owner = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-I', {str(WATCHDOG)!r}, str(os.getpid()), sys.executable, '-c', {deaf!r}],"
+        " start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", owner])
+    deadline = time.monotonic() + 20
+    while len(family := psutil.Process(process.pid).children(recursive=True)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+
+
+def test_a_server_that_cannot_start_is_an_error_with_its_log(checkpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such module: sglang >&2\nexit 1\n")
+    python.chmod(0o755)
+    config = SGLangConfig(python=str(python), start_timeout_s=30)
+    engine = SGLangEngine(config, str(checkpoint), "fp32", tmp_path / "logs", "cpu")
+    try:
+        with pytest.raises(UserError, match="did not start(.|\n)*sglang-0.log(.|\n)*no such module: sglang"):
+            engine.update_weights([], 0)
+    finally:
+        engine.close()
+
+
+def test_what_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = str(Path(sys.executable))
+    for host in ("0.0.0.0", "10.1.2.3", "node1"):
+        with pytest.raises(UserError, match=f"host: {host} .*api_key"):
+            make_launch(SGLangConfig(host=host, python=python), "m", "fp32", "cpu", tmp_path)
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(UserError, match="NO_KEY is not set"):
+        make_launch(SGLangConfig(python=python, api_key="env:NO_KEY"), "m", "fp32", "cpu", tmp_path)
+    with pytest.raises(UserError, match=r"rollout.sglang.python: .*setup_sglang_env.sh"):
+        make_launch(SGLangConfig(python=str(tmp_path / "python")), "m", "fp32", "cpu", tmp_path)
+    assert make_launch(SGLangConfig(host="::1", python=python), "m", "fp32", "cpu", tmp_path).api_key is None

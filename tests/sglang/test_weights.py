@@ -1,0 +1,123 @@
+"""The three ways of weights, checked by logprobs and checksums; updates in the middle of generation."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch.distributed
+from transformers import PreTrainedModel
+
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
+from gtpo_megatron.rollout.sglang import SGLangEngine
+from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
+
+pytestmark = pytest.mark.sglang
+
+
+def worst_gap(engine: SGLangEngine, model: PreTrainedModel, version: int) -> float:
+    requests = [PromptRequest(i, (9, 8, 7 + i), 0) for i in range(4)]
+    gaps = []
+    for group in engine.generate(requests, SamplingParams(4, 16)):
+        for completion in group.completions:
+            assert (completion.token_versions == version).all()
+            ours = logprobs_of(model, group.request.prompt_ids, completion.token_ids)
+            gaps.append(np.abs(completion.logprobs - ours).max())
+    return float(max(gaps))
+
+
+@pytest.mark.parametrize("method", ["distributed", "tensor", "disk"])
+def test_updates_reach_every_server_exactly(
+    make_engine: MakeEngine, model: PreTrainedModel, method: str
+) -> None:
+    engine = make_engine(weight_transfer=method)
+    for version in (0, 1):
+        perturb(model, version)
+        engine.update_weights(weights_of(model), version)
+        assert set(engine.status().values()) == {"ready"}
+        assert engine.version == version
+        assert worst_gap(engine, model, version) < 1e-4
+    engine.verify_weights(weights_of(model))
+    assert worst_gap(engine, model, 1) < 1e-4
+    assert not torch.distributed.is_initialized()
+
+
+def test_verify_names_the_tensor_that_differs_or_is_lacking(
+    make_engine: MakeEngine, model: PreTrainedModel
+) -> None:
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+    wrong = "model.layers.2.mlp.down_proj.weight"
+    lacking = "model.layers.1.input_layernorm.weight"
+    weights = [(name, t + 1e-6 if name == wrong else t) for name, t in weights_of(model) if name != lacking]
+    with pytest.raises(UserError, match="2 tensors differ") as caught:
+        engine.verify_weights(weights)
+    assert wrong in str(caught.value)
+    assert lacking in str(caught.value)
+    assert worst_gap(engine, model, 0) < 1e-4  # brought back from the copy
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_an_update_in_the_middle_of_generation(
+    make_engine: MakeEngine, model: PreTrainedModel, checkpoint: str, partial: bool
+) -> None:
+    engine = make_engine(partial=partial)
+    engine.update_weights(weights_of(model), 0)
+    old = {name: tensor.clone() for name, tensor in weights_of(model)}
+    requests = [PromptRequest(i, (5, 6, 7 + i), 0) for i in range(4)]
+    groups: list[Group] = []
+    consumer = threading.Thread(
+        target=lambda: groups.extend(engine.generate(requests, SamplingParams(2, 1200, stop_token_ids=())))
+    )
+    consumer.start()
+    threading.Event().wait(1.0)
+    perturb(model, 1)
+    engine.update_weights(weights_of(model), 1)
+    consumer.join(240)
+    assert not consumer.is_alive()
+    completions = [(g.request.prompt_ids, c) for g in groups for c in g.completions]
+    assert len(completions) == 8
+    mixed = [len(set(c.token_versions.tolist())) == 2 for _, c in completions]
+    assert any(mixed) == partial
+    new_gaps = {id(c): np.abs(logprobs_of(model, p, c.token_ids) - c.logprobs) for p, c in completions}
+    model.load_state_dict(old)
+    for prompt_ids, completion in completions:
+        old_gap = np.abs(logprobs_of(model, prompt_ids, completion.token_ids) - completion.logprobs)
+        gap = np.where(completion.token_versions == 0, old_gap, new_gaps[id(completion)])
+        assert gap.max() < 2e-4
+        assert (np.diff(completion.token_versions) >= 0).all()
+
+
+def test_a_failing_export_leaves_no_server_in_use(make_engine: MakeEngine, model: PreTrainedModel) -> None:
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+
+    def failing() -> Iterator[NamedTensor]:
+        yield from weights_of(model)[:4]
+        raise OSError("a rank has gone")
+
+    with pytest.raises(OSError, match="a rank has gone"):
+        engine.update_weights(failing(), 1)
+    with pytest.raises(UserError, match="update_weights first"):
+        engine.generate([PromptRequest(0, (5,), 0)], SamplingParams(1, 4))
+    engine.update_weights(weights_of(model), 1)
+    assert worst_gap(engine, model, 1) < 1e-4
+
+
+def test_a_server_restarted_without_weights_is_not_sampled_from(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
+) -> None:
+    perturb(model, 1)
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+    servers.processes[0].end()
+    servers.start(0)
+    assert worst_gap(engine, model, 0) < 1e-4  # the other one alone
+    servers.wait()
+    for _ in range(600):
+        if set(engine.status().values()) == {"ready"}:
+            break
+        threading.Event().wait(0.1)
+    assert engine.status() == dict.fromkeys(servers.urls, "ready")
+    assert worst_gap(engine, model, 0) < 1e-4

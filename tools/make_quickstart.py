@@ -1,0 +1,81 @@
+"""Make what the quickstart trains on: a small random Llama with its tokenizer, and addition problems with solutions."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "system", "user", "assistant"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of printable ASCII, and one for each tag and role."""
+    tokens = [*SPECIAL, *WORDS, "\n", *(chr(c) for c in range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    words = "|".join([*WORDS, "[\\s\\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
+    """About 0.8 million parameters."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def problem(rng: random.Random) -> dict[str, str]:
+    """A sum of two numbers below 100, its carry worked out digit by digit."""
+    a, b = rng.randrange(100), rng.randrange(100)
+    units, tens = a % 10 + b % 10, a // 10 + b // 10
+    solution = f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}+{units // 10}={tens + units // 10}"
+    return {"question": f"{a}+{b}?", "solution": solution, "answer": str(a + b)}
+
+
+def main() -> None:
+    """Write <directory>/model and <directory>/data."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), arguments.seed).save_pretrained(arguments.directory / "model")
+    tokenizer.save_pretrained(arguments.directory / "model")
+    rng = random.Random(arguments.seed)
+    data = arguments.directory / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", 4000), ("test", 100)):
+        lines = [json.dumps(problem(rng)) for _ in range(rows)]
+        (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
