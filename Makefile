@@ -2,13 +2,15 @@
 #   PYTHON=...       the interpreter for .venv (3.11 or 3.12)
 #   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
+#   KILLS=...        how often `make chaos` kills
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
 BIN := .venv/bin
 TESTS ?= tests
+KILLS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart test lint format bench sglang clean
+.PHONY: help .venv quickstart test lint format bench chaos sglang clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -32,6 +34,9 @@ format: .venv ## format the code, and mend what ruff can
 
 bench: .venv ## the benchmarks that need no GPU; results go to benchmarks/results
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments, and compare all its metrics
+	@$(BIN)/python tools/chaos.py --kills $(KILLS)
 
 sglang: .venv ## SGLang's own environment, .venv-sglang
 	@PYTHON="$${PYTHON:-$(CURDIR)/$(BIN)/python}" tools/setup_sglang_env.sh

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -36,6 +36,9 @@ class Batches:
         self._run = run
         self._rollout = run.config.rollout
         self._ahead: dict[int, Future[list[Trajectory]]] = {}  # this rank's share of later steps' batches
+        self._before: dict[
+            int, dict[str, Any]
+        ] = {}  # sampler state before the prompts of batches not stored yet
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def __enter__(self) -> Self:
@@ -66,6 +69,11 @@ class Batches:
         for step in sorted(self._ahead):
             self._finish(step)
 
+    @property
+    def sampler_state(self) -> dict[str, Any]:
+        """Where a resumed run has to go on with prompts: before those of the first batch that is not stored."""
+        return self._before[min(self._before)] if self._before else self._run.sampler.state_dict()
+
     def _is_stored(self, step: int) -> bool:
         return on_rank_zero(lambda: self._run.store.path(step).exists())
 
@@ -84,6 +92,7 @@ class Batches:
         return self._rollout.prompts_per_step if self._rollout.oversample > 1 else None
 
     def _prompts(self, step: int) -> list[GroupPrompt]:
+        self._before[step] = self._run.sampler.state_dict()
         return self._run.next_prompts(
             math.ceil(self._rollout.prompts_per_step * self._rollout.oversample), step
         )
@@ -112,6 +121,7 @@ class Batches:
         with run.stage("store"):
             notes = {"sampler": run.sampler.state_dict()}
             on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
+        del self._before[step]
         return batch
 
     def _gathered(self, prompts: Sequence[GroupPrompt], step: int) -> list[Trajectory]:

@@ -166,7 +166,7 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off")
-    batch_size: int = Field(64, ge=1, description="embedded engine: completions generated at once")
+    batch_size: int = Field(128, ge=1, description="embedded engine: completions generated at once")
     staleness: int = Field(0, ge=0, description="how many updates old the sampling weights may be")
     oversample: float = Field(
         1.0, ge=1, description="sample this many times the prompts and keep the first finished"

@@ -25,6 +25,7 @@ convert_app = typer.Typer(
     "gtpo-megatron convert --verify-only exported converted",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.metrics import MetricsWriter
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint import Checkpointer, TrainState
-from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron.policy.collective import on_rank_zero, together
 from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
@@ -32,11 +32,12 @@ from gtpo_megatron.policy.model import (
     world_rank,
 )
 from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
+from gtpo_megatron.policy.step import token_logprobs
 from gtpo_megatron.progress import RunProgress
 from gtpo_megatron.rewards.pool import RewardPool
-from gtpo_megatron.rollout.collect import GroupPrompt, group_seed
+from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
-from gtpo_megatron.rollout.protocol import RolloutEngine, SamplingParams
+from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -56,6 +57,9 @@ FIXED = {
     ),
     "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_grad"),
 }
+
+
+CERTIFICATE_PROMPTS = 4
 
 
 class Run:
@@ -146,6 +150,7 @@ class Run:
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
+        self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or config.evaluation.data is not None
@@ -174,17 +179,57 @@ class Run:
         return SGLangEngine(config.rollout.sglang, config.model.path, config.model.dtype, self.path / "logs")
 
     def publish_weights(self) -> None:
-        """Give the engine the policy's weights. Collective: all ranks take part in the export."""
+        """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
+        self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
+        served = self.config.rollout.engine == "sglang" and self.config.algorithm.name != "sft"
+        every = self.config.rollout.sglang.verify_every
+        if served and (self.mismatch is None or (every and self.version % every == 0)):
+            self._certify()
+
+    def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
+        """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
         weights = export_hf_weights(self.policy)
+        error: UserError | None = None
         if self.engine is not None:
-            with (
-                self.engine_lock
-            ):  # a batch that is being sampled ahead is finished with the weights it began with
-                self.engine.update_weights(weights, self.version)
+            try:
+                with self.engine_lock:  # a batch sampled ahead is finished with the weights it began with
+                    action(weights)
+            except UserError as caught:
+                error = caught
         for _ in weights:
-            pass  # ranks without an engine, and what an engine left, still take part
+            pass  # every rank takes part in the whole export
+        together(lambda: _raise(error))
+
+    def _certify(self) -> None:
+        """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.certificate."""
+        from gtpo_megatron.rollout.sglang.certificate import certify, default_bound
+
+        config = self.config
+        fixed = [
+            GroupPrompt(i, prompt, 0) for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
+        ]
+        sequences = solutions(fixed, self.tokenizer, self.step)
+        budget = config.training.micro_batch_tokens
+        trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
+        bound = config.rollout.sglang.max_logprob_gap
+        bound = bound or default_bound(config.model.dtype, config.model.fp8 != "none")
+
+        def compare() -> dict[str, float]:
+            if self.engine is None:
+                return {}
+            with self.engine_lock:
+                scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
+            worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
+            return worst.metrics()
+
+        try:
+            self.mismatch = together(compare)[0]
+        except UserError as disagreement:
+            # says which tensors differ, if that is the reason; if none does, the arithmetic is
+            self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
+            raise disagreement
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -219,8 +264,8 @@ class Run:
                 platform.synchronize()
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of the current step, once. Collective."""
+    def save_checkpoint(self, sampler_state: dict[str, Any]) -> None:
+        """Write a checkpoint of the current step, once, to go on with prompts at `sampler_state`. Collective."""
         if self.saved_step == self.step:
             return
         self.checkpointer.save(
@@ -228,7 +273,7 @@ class Run:
                 step=self.step,
                 weight_version=self.version,
                 initial_entropy=self.initial_entropy,
-                sampler=self.sampler.state_dict(),
+                sampler=sampler_state,
                 bad_steps=self.bad_steps,
                 trained_steps=self.step,
             )
@@ -262,6 +307,11 @@ class Run:
     def close(self) -> None:
         """End engine, workers and files."""
         self._stack.close()
+
+
+def _raise(error: UserError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def claim_directory(config: RunConfig) -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from megatron.core import parallel_state
 
 from gtpo_megatron.batches import Batches
 from gtpo_megatron.config import RunConfig
@@ -16,9 +15,15 @@ from gtpo_megatron.evaluation import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.hf_export import export_hf_checkpoint
-from gtpo_megatron.policy.objective import BatchConstants, make_objective
 from gtpo_megatron.policy.optimizer import Update, apply_update
-from gtpo_megatron.policy.step import PassResult, forward_backward, pack, score, with_logprobs
+from gtpo_megatron.policy.step import (
+    PassResult,
+    batch_objective,
+    forward_backward,
+    pack,
+    score,
+    with_logprobs,
+)
 from gtpo_megatron.report import write_report
 from gtpo_megatron.run import Run
 from gtpo_megatron.trajectories.analysis import summarise
@@ -39,24 +44,40 @@ def train(config: RunConfig) -> int:
             evaluate(run)
         while run.step < config.training.steps and not run.stop_requested():
             run.seconds.clear()
-            trajectories = batches.next()
+            trajectories = next_batch(run, batches)
             passed, update = train_on(run, trajectories)
             run.step, run.version = run.step + 1, run.version + update.applied
             with run.stage("weights"):
                 run.publish_weights()
             record(run, trajectories, passed, update)
-            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                batches.settle()
-                run.save_checkpoint()
+            if _due(run.step, config.checkpoint.every):
+                save(run, batches)
             run.checkpointer.poll()
             if run.step == config.training.steps or _due(run.step, config.evaluation.every):
                 evaluate(run)
             stop_after_bad_steps(run, update)
-        batches.settle()
+        save(run, batches)
         finish(run)
     if run.main:
         write_report(run.path)
     return COMPLETE if run.step >= config.training.steps else STOPPED
+
+
+def next_batch(run: Run, batches: Batches) -> list[Trajectory]:
+    """Sample, score, analyse and store; if that cannot go on (no server left, rewards fail), save before giving up."""
+    try:
+        return batches.next()
+    except UserError:
+        run.save_checkpoint(batches.sampler_state)
+        run.checkpointer.finish()
+        raise
+
+
+def save(run: Run, batches: Batches) -> None:
+    """A checkpoint of this step, with every batch that is sampled already in the store."""
+    with run.stage("checkpoint"):
+        batches.settle()
+        run.save_checkpoint(batches.sampler_state)
 
 
 def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
@@ -74,9 +95,7 @@ def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, 
             micro_batches = with_logprobs(
                 run.reference, micro_batches, "reference_logprobs", temperature=temperature
             )
-        constants = BatchConstants.of(trajectories, algorithm, platform.device())
-        context = parallel_state.get_context_parallel_group()
-        objective = make_objective(algorithm, constants, run.initial_entropy or 0.0, context)
+        objective = batch_objective(algorithm, trajectories, run.initial_entropy or 0.0)
         for _ in range(algorithm.updates_per_batch):
             passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
             update = apply_update(run.optimizer, run.policy, passed.loss)
@@ -105,6 +124,7 @@ def record(run: Run, trajectories: Sequence[Trajectory], passed: PassResult, upd
     if run.config.algorithm.name != "sft":
         metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
         metrics["entropy/initial"] = run.initial_entropy
+        metrics |= run.mismatch or {}
         metrics["staleness"] = (
             run.version - update.applied - min(int(t.token_versions.min()) for t in trajectories)
         )
@@ -176,10 +196,9 @@ def stop_after_bad_steps(run: Run, update: Update) -> None:
 
 
 def finish(run: Run) -> None:
-    """Save, and export the trained policy."""
+    """Wait for the last checkpoint, and export the trained policy."""
     config = run.config
     with run.stage("checkpoint"):
-        run.save_checkpoint()
         run.checkpointer.finish()
         if run.step >= config.training.steps and config.checkpoint.export_hf:
             export_hf_checkpoint(run.policy, config.model.path, run.path / "hf", config.model.dtype)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Convert checkpoints between Hugging Face and Megatron; the same as `gtpo-megatron convert`. See --help."""
 
+import os
 import sys
 
 from gtpo_megatron.convert_cli import convert_app
@@ -10,4 +11,5 @@ if __name__ == "__main__":
     try:
         convert_app()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        # every rank has the same error: one says it
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

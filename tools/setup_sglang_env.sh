@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# setup_sglang_env.sh [VENV]: makes SGLang's own virtual environment (default .venv-sglang), for servers without a GPU.
-# PYTHON names the interpreter (3.11 or 3.12). Unchanged pins: nothing is done. Silent unless something fails; the log
-# of pip stands in VENV/setup.log. On GPUs use SGLang's container or `pip install sglang` of the same version instead.
-# pip's own variables hold: where the default index gives torch with CUDA, set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# setup_sglang_env.sh [VENV]: makes SGLang's own virtual environment (default .venv-sglang) for servers without a GPU,
+# from requirements/sglang*.txt. Unchanged pins: nothing is done. Silent unless something fails; pip's log stands in
+# VENV/setup.log. On GPUs take SGLang's container, or its own installation, of the pinned version instead, and name its
+# interpreter in rollout.sglang.python.
+#   PYTHON       the interpreter (3.11 or 3.12), default python3
+#   TORCH_INDEX  another index for torch (PyTorch publishes one of CPU builds)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:-$root/.venv-sglang}
 python=${PYTHON:-python3}
-pins=("$root/requirements/sglang.txt" "$root/requirements/sglang-nodeps.txt")
+complete=$root/requirements/sglang.txt
+without_dependencies=$root/requirements/sglang-nodeps.txt
+
+# A user's own Python paths and pip's --user would lead packages past the environment.
+unset PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_REQUIRE_VIRTUALENV=0
 
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $version in
@@ -18,20 +24,27 @@ esac
 
 mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock" # two callers at once: the second waits, then finds the stamp
-flock 9
-stamp=$(cat "${pins[@]}" "${BASH_SOURCE[0]}" <(echo "$version") | sha256sum | cut -d' ' -f1)
-[ "$(cat "$venv/stamp" 2>/dev/null)" = "$stamp" ] && exit 0
+if command -v flock >/dev/null; then flock 9; fi
+stamp=$({ cat "$complete" "$without_dependencies"; echo "$version ${TORCH_INDEX:-}"; } | cksum)
+if [ "$(cat "$venv/stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null; then exit 0; fi
 
 rm -rf "$venv"
 "$python" -m venv "$venv"
 log=$venv/setup.log
 install() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1 || {
+  "$venv/bin/python" -m pip install "$@" >>"$log" 2>&1 || {
     tail -n 30 "$log" >&2
     echo "setup_sglang_env.sh: pip install $* failed; whole log: $log" >&2
     exit 1
   }
 }
-install -r "${pins[0]}"
-install --no-deps -r "${pins[1]}"
+install "$(grep '^torch==' "$complete")" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+install -r "$complete"
+install --no-deps -r "$without_dependencies"
+PYTHONPATH=$root/gtpo_megatron/rollout/sglang/cpu_stubs SGLANG_USE_CPU_ENGINE=1 "$venv/bin/python" \
+  -c 'import sglang.srt.entrypoints.http_server, sglang_router' >>"$log" 2>&1 || {
+  tail -n 15 "$log" >&2
+  echo "setup_sglang_env.sh: installed, but the server cannot be imported; whole log: $log" >&2
+  exit 1
+}
 echo "$stamp" >"$venv/stamp"

@@ -30,7 +30,7 @@ from gtpo_megatron.policy.optimizer import Optimizer
 platform.install()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, is_main_replica  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
@@ -58,6 +58,8 @@ def training_state(
     tensors = policy_tensors(policy)
     state = optimizer.megatron.sharded_state_dict(tensors, is_loading=loading, metadata=_metadata())
     sharded, rest = extract_sharded_tensors_and_factories({"optimizer": state})
+    # the distributed optimizer names the main parameters differently
+    sharded = _rename(sharded, f"{_OPTIMIZER}param.", _MAIN_PARAMETERS)
     return tensors | sharded, _map(
         rest["optimizer"], lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v
     )
@@ -66,6 +68,8 @@ def training_state(
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathers on one rank of each replica group, in host memory; else every rank would hold all of it
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
@@ -168,8 +172,10 @@ def load_training_state(policy: Policy, optimizer: Optimizer, adam_step: int, di
     stored = read_metadata(directory).state_dict_metadata
     if not any(name.startswith(_MAIN_PARAMETERS) for name in stored):
         # saved in fp32 without the distributed optimizer: the parameters are their own main parameters
-        tensors = _map(tensors, lambda t: replace(t, key=t.key.removeprefix(_MAIN_PARAMETERS)))
-    loaded = _load(tensors, directory)
+        main, tensors = extract_matching_values(tensors, lambda t: t.key.startswith(_MAIN_PARAMETERS))
+        loaded = merge(_load(tensors, directory), _load(_rename(main, _MAIN_PARAMETERS, ""), directory))
+    else:
+        loaded = _load(tensors, directory)
     _assign_policy(policy, loaded)
     state = merge(rest, loaded["optimizer"])
     _give_step(state, adam_step)
@@ -191,10 +197,12 @@ def _load(tensors: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def short_reason(error: BaseException) -> str:
-    """The error's text; of a failure on several ranks, that of the first without its traceback. Empty on the others."""
+    """The start of the error's text; of a failure on several ranks, that of the first, without tracebacks."""
     if isinstance(error, CheckpointException):
-        return next((str(failure) for failure, _ in error.failures.values()), "another rank failed")
-    return str(error)
+        error = next((failure for failure, _ in error.failures.values()), OSError("another rank failed"))
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file in it is not plain tensors, and what it asks to execute was refused"
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _check_names(tensors: dict[str, Any], directory: Path) -> None:
@@ -221,6 +229,12 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
         return [_map(item, change) for item in value]
     return change(value)
+
+
+def _rename(tensors: dict[str, Any], prefix: str, new: str) -> dict[str, Any]:
+    return _map(
+        tensors, lambda t: replace(t, key=new + t.key.removeprefix(prefix)) if t.key.startswith(prefix) else t
+    )
 
 
 def _assign_policy(policy: Policy, loaded: dict[str, Any]) -> None:

@@ -38,7 +38,15 @@ from gtpo_megatron.policy.hf_export import (
 )
 from gtpo_megatron.policy.model import build_policy, initialize_parallel, world_rank
 from gtpo_megatron.policy.optimizer import build_optimizer
-from gtpo_megatron.policy.proof import Proof, is_megatron, open_policy, prove, save_proof, stored_dtype
+from gtpo_megatron.policy.proof import (
+    Proof,
+    hf_dtypes,
+    is_megatron,
+    open_policy,
+    prove,
+    save_proof,
+    stored_dtype,
+)
 
 __all__ = [
     "export_hf_checkpoint",
@@ -68,6 +76,10 @@ def hf_to_megatron(
 
     Raises UserError, and leaves no output, when the source is not readable or the proof fails.
     """
+
+    if on_rank_zero(lambda: is_megatron(source)):
+        raise UserError(f"{source}: is a Megatron checkpoint already")
+    on_rank_zero(lambda: hf_dtypes(source))  # is it whole?
 
     def write(partial: Path) -> None:
         policy = open_policy(source, parallel, dtype)
@@ -101,7 +113,7 @@ def megatron_to_hf(
     `dtype` None keeps the stored one. The original checkpoint is not needed. Raises UserError, and leaves no output,
     when the source is damaged or the proof fails.
     """
-    verify(source)
+    _check_megatron(source)
 
     def write(partial: Path) -> None:
         stored = on_rank_zero(lambda: stored_dtype(source))
@@ -119,7 +131,7 @@ def reshard(source: Path, output: Path, parallel: ParallelConfig, *, logits: boo
     Training never needs it: a checkpoint holds whole tensors in pieces, and every layout reads it as it is. It shows
     that a layout reads a checkpoint, and rewrites the files in the number that suits the reading ranks.
     """
-    manifest = verify(source)
+    manifest = _check_megatron(source)
     is_training = on_rank_zero(lambda: (source / "state.json").is_file())
 
     def write(partial: Path) -> None:
@@ -141,6 +153,12 @@ def reshard(source: Path, output: Path, parallel: ParallelConfig, *, logits: boo
         finish_files(partial, step=manifest["step"])
 
     return _converted(source, output, write, lambda partial: prove(source, partial, parallel, logits=logits))
+
+
+def _check_megatron(source: Path) -> dict[str, Any]:
+    if not on_rank_zero(lambda: is_megatron(source)):
+        raise UserError(f"{source}: is a Hugging Face directory, not a Megatron checkpoint")
+    return verify(source)
 
 
 def _reshard_training(source: Path, partial: Path, parallel: ParallelConfig) -> None:

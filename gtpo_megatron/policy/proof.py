@@ -18,13 +18,14 @@ import xxhash
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.layout import sequence_alignment
 from gtpo_megatron.policy import checkpoint_files, checkpoint_state, hf_assets, platform
-from gtpo_megatron.policy.batch import make_micro_batch, sequence_alignment
+from gtpo_megatron.policy.batch import make_micro_batch
 from gtpo_megatron.policy.checkpoint_safety import read_metadata
 from gtpo_megatron.policy.collective import on_rank_zero
 from gtpo_megatron.policy.hf_export import Dtype, stored_names
@@ -39,13 +40,13 @@ from gtpo_megatron.policy.model import (
 from gtpo_megatron.policy.step import run_schedule
 from gtpo_megatron.trajectories.record import Trajectory
 
-
 PROMPTS = (
     "What is 12 + 34? Think step by step.",
     "The quick brown fox jumps over the lazy dog, and then it",
     "def fibonacci(n):\n    return",
+    "<reasoning>7 + 8 = 15</reasoning> <answer>15</answer>",
 )
-LOGIT_TOLERANCE = 1e-4  # of the largest logit; both sides compute in fp32
+LOGIT_TOLERANCE = 1e-4  # of the largest logit; both sides compute in fp32, with weights of the narrower type
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def stored_dtype(path: Path) -> Dtype:
         model = [v for k, v in stored.items() if not k.startswith("optimizer.") and hasattr(v, "properties")]
         narrow = all(v.properties.dtype == torch.bfloat16 for v in model)
     else:
-        narrow = all(t.dtype == torch.bfloat16 for _, t in _hf_tensors(path))
+        narrow = all(name == "BF16" for name in hf_dtypes(path).values())
     return "bf16" if narrow else "fp32"
 
 
@@ -207,6 +208,8 @@ def _side(path: Path, parallel: ParallelConfig, narrow: Dtype, prompts: list[lis
     stored = stored_dtype(path)
     policy = open_policy(path, parallel, "fp32" if prompts else stored)
     tensors = {name: _entry(tensor.to(DTYPES[stored]), narrow) for name, tensor in export_hf_weights(policy)}
+    for chunk in policy.chunks:
+        round_weights(chunk, narrow)
     logits = policy_logits(policy, parallel, prompts) if prompts else None
     del policy
     gc.collect()
@@ -215,7 +218,13 @@ def _side(path: Path, parallel: ParallelConfig, narrow: Dtype, prompts: list[lis
 
 def _hf_side(path: Path, narrow: Dtype, prompts: list[list[int]] | None) -> Side:
     tensors = {name: _entry(tensor, narrow) for name, tensor in _hf_tensors(path)}
-    return Side(str(path), "hugging_face", tensors, hf_logits(path, prompts) if prompts else None)
+    return Side(str(path), "hugging_face", tensors, hf_logits(path, prompts, narrow) if prompts else None)
+
+
+def round_weights(model: nn.Module, dtype: Dtype) -> None:
+    """Round a model's weights to a type that it is stored in, whatever it computes in."""
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.to(DTYPES[dtype]))
 
 
 def _entry(tensor: Tensor, narrow: Dtype) -> TensorEntry:
@@ -225,18 +234,31 @@ def _entry(tensor: Tensor, narrow: Dtype) -> TensorEntry:
     )
 
 
+def hf_dtypes(path: Path) -> dict[str, str]:
+    """Name and safetensors type of every tensor of a Hugging Face directory, from the headers of its files.
+
+    Raises UserError when a file is missing or cut short, or the index and the files disagree.
+    """
+    return {name: file.get_slice(name).get_dtype() for name, file in _hf_entries(path)}
+
+
 def _hf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a Hugging Face directory, one at a time; its index and its files must agree."""
+    """Every tensor of a Hugging Face directory, one at a time."""
+    for name, file in _hf_entries(path):
+        yield name, file.get_tensor(name)
+
+
+def _hf_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every tensor's name, and the open file that holds it; the index and the files must agree."""
     index = path / hf_assets.INDEX
+    found = {}
     try:
         stated = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else None
-        files = sorted(set(stated.values()) if stated else {p.name for p in path.glob("*.safetensors")})
-        found = {}
-        for name in files:
+        for name in sorted(set(stated.values()) if stated else {p.name for p in path.glob("*.safetensors")}):
             with safe_open(path / name, framework="pt") as file:
-                for key in stored_names(file.keys()):
+                for key in sorted(stored_names(file.keys())):
                     found[key] = name
-                    yield key, file.get_tensor(key)
+                    yield key, file
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable safetensors checkpoint: {error}") from error
     if not found:
@@ -258,20 +280,24 @@ def _prompt_ids(source: Path, result: Path) -> list[list[int]]:
 
 
 @torch.no_grad()
-def hf_logits(path: Path, prompts: list[list[int]]) -> list[Tensor]:
-    """[tokens, vocabulary] of each prompt by transformers in fp32. Raises UserError if it would load other weights."""
+def hf_logits(path: Path, prompts: list[list[int]], narrow: Dtype = "fp32") -> list[Tensor]:
+    """[tokens, vocabulary] of each prompt by transformers in fp32, its weights rounded to `narrow`.
+
+    Raises UserError if transformers would load other weights than those in the directory.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names and key != "error_msgs"}
     if wrong or info.get("error_msgs"):
         raise UserError(f"{path}: transformers does not load it as it is: {wrong or info['error_msgs']}")
     model.eval()
+    round_weights(model, narrow)
     return [model(torch.tensor([ids])).logits[0].float() for ids in prompts]
 
 
 @torch.no_grad()
 def policy_logits(policy: Policy, parallel: ParallelConfig, prompts: list[list[int]]) -> list[Tensor] | None:
     """[tokens, vocabulary] of each prompt by the policy, on rank 0 (None elsewhere). Collective."""
-    alignment = sequence_alignment(parallel.tensor, parallel.sequence, parallel.context)
+    alignment = sequence_alignment(parallel)
     batches = [
         make_micro_batch([_as_trajectory(ids)], [0], alignment=alignment, device=platform.device())
         for ids in prompts

@@ -17,13 +17,19 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from gtpo_megatron.config import ParallelConfig
+from gtpo_megatron.config import AlgorithmConfig, ParallelConfig
 from gtpo_megatron.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
 from gtpo_megatron.policy.head import TokenStatistics, token_statistics
 from gtpo_megatron.policy.model import Policy, is_reporting_rank, output_weight
-from gtpo_megatron.policy.objective import Objective, Report, completion_report
+from gtpo_megatron.policy.objective import (
+    BatchConstants,
+    Objective,
+    Report,
+    completion_report,
+    make_objective,
+)
 from gtpo_megatron.trajectories.packing import plan_micro_batches
 from gtpo_megatron.trajectories.record import Trajectory
 
@@ -85,6 +91,14 @@ def forward_backward(
         policy, micro_batches, partial(_loss, policy, objective, temperature), forward_only=False
     )
     return _collect(data, num_completions)
+
+
+def batch_objective(
+    algorithm: AlgorithmConfig, trajectories: Sequence[Trajectory], initial_entropy: float
+) -> Objective:
+    """The configured objective over this batch; `initial_entropy` is H_ini in nats (GTPO's gate)."""
+    constants = BatchConstants.of(trajectories, algorithm, platform.device())
+    return make_objective(algorithm, constants, initial_entropy, parallel_state.get_context_parallel_group())
 
 
 def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:

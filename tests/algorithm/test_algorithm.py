@@ -25,6 +25,15 @@ def test_equal_rewards_give_no_advantage_even_where_their_sum_rounds() -> None:
     assert not algorithm.group_advantages(rewards, torch.zeros(1000, dtype=torch.int64)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rewards", [[0.1, 0.2, 0.3], [0.7, 0.8, 0.9], [1.1, 1.2, 1.3, 1.2]])
+def test_a_reward_equal_to_the_mean_but_for_rounding_stands_on_no_side(
+    rewards: list[float], dtype: torch.dtype
+) -> None:
+    result = algorithm.group_advantages(torch.tensor(rewards, dtype=dtype), torch.zeros(len(rewards)).long())
+    assert result.sign().tolist() == [-1, 0, 1, 0][: len(rewards)]
+
+
 def test_integer_rewards_give_floats() -> None:
     result = algorithm.group_advantages(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 0]))
     torch.testing.assert_close(result, torch.tensor([-2 / 3, 1 / 3, 1 / 3]))

@@ -98,7 +98,9 @@ def test_resume_in_another_layout(
     np.testing.assert_allclose(metrics_2, metrics, rtol=1e-5)
     assert state == training.state(2)
     for name in weights:
-        np.testing.assert_allclose(weights_2[name], weights[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        # attention does not depend on the key bias: its gradient is rounding alone, which Adam makes large
+        if not name.endswith("k_proj.bias"):
+            np.testing.assert_allclose(weights_2[name], weights[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_asynchronous_save_holds_the_weights_of_its_moment(

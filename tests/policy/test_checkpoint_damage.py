@@ -156,34 +156,38 @@ class CreatesAFile:
         return os.mkdir, (self.path,)
 
 
-def torch_saved(path: Path, value: Any) -> None:
-    torch.save(value, path)
+def hostile_metadata(weights: Path, attack: CreatesAFile) -> None:
+    (weights / ".metadata").write_bytes(pickle.dumps(attack))
 
 
-def pickled(path: Path, value: Any) -> None:
-    path.write_bytes(pickle.dumps(value))
+def hostile_common_state(weights: Path, attack: CreatesAFile) -> None:
+    torch.save(attack, weights / "common.pt")
 
 
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("weights/.metadata", pickled),
-        ("weights/common.pt", torch_saved),
-        ("weights/__0_0.distcp", torch_saved),
-    ],
-)
+def hostile_shard(weights: Path, attack: CreatesAFile) -> None:
+    """Every tensor is the attack."""
+    from gtpo_megatron.policy.checkpoint_safety import read_metadata
+
+    torch.save(attack, weights / "__0_0.distcp")
+    metadata = read_metadata(weights)
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, (weights / "__0_0.distcp").stat().st_size
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("write", [hostile_metadata, hostile_common_state, hostile_shard])
 def test_a_hostile_file_is_not_executed(
-    ranks: Any, saved: Any, tmp_path: Path, name: str, write: Callable[[Path, Any], None]
+    ranks: Any, saved: Any, tmp_path: Path, write: Callable[[Path, CreatesAFile], None]
 ) -> None:
     """Also when its author made the manifest agree with it."""
     config = copy_of(saved, tmp_path, on_corrupt="error")
     victim = tmp_path / "made-by-the-pickle"
     checkpoint = config.path / "checkpoints" / "step-000002"
-    write(checkpoint / name, CreatesAFile(victim))
+    write(checkpoint / "weights", CreatesAFile(victim))
     forge_manifest(checkpoint)
     (answer,) = ranks.run(1, load, config)
     assert not victim.exists()
-    assert answer != "step 2"
+    assert "refused" in answer
 
 
 def test_metadata_may_not_point_outside_the_checkpoint(saved: Any, tmp_path: Path) -> None:
@@ -193,7 +197,7 @@ def test_metadata_may_not_point_outside_the_checkpoint(saved: Any, tmp_path: Pat
     metadata = read_metadata(weights)
     for info in metadata.storage_data.values():
         info.relative_path = "../../../secret"
-    pickled(weights / ".metadata", metadata)
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="points outside the checkpoint"):
         read_metadata(weights)
 

@@ -66,11 +66,12 @@ def start(config: RunConfig) -> tuple[Policy, Optimizer, Checkpointer]:
         config.model, config.parallel, config.training, distributed_optimizer=config.optimizer.distributed
     )
     optimizer = build_optimizer(config.optimizer, policy, config.training.steps)
-    return (
-        policy,
-        optimizer,
-        Checkpointer(config.path / "checkpoints", config, policy, optimizer, config.model.path),
-    )
+    return policy, optimizer, checkpointer(config, policy, optimizer)
+
+
+def checkpointer(config: RunConfig, policy: Policy, optimizer: Optimizer) -> Checkpointer:
+    """The checkpoints of a run."""
+    return Checkpointer(config.path / "checkpoints", config, policy, optimizer, config.model.path)
 
 
 def steps(config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: range) -> list[tuple[float, ...]]:

@@ -95,7 +95,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_servers(
     sglang_python: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    config = SGLangConfig(python=sglang_python)
+    config = SGLangConfig(python=sglang_python, args=("--log-level-http", "info"))
     launch = make_launch(config, str(checkpoint), "fp32", "cpu", tmp_path_factory.mktemp("sglang"))
     servers = Servers(launch, checkpoint)
     for index in range(2):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import PromptRequest, SamplingParams
-from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang import SGLangEngine, Timing
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)  # so that a server with the checkpoint's weights would show
     config = SGLangConfig(servers=1, python=python, start_timeout_s=400, api_key="env:OWNED_KEY")
-    engine = SGLangEngine(config, checkpoint, "fp32", Path(logs), "cpu")
+    timing = Timing(health_interval_s=1.0, health_timeout_s=8.0, health_failures=2)
+    engine = SGLangEngine(config, checkpoint, "fp32", Path(logs), "cpu", timing)
     engine.update_weights(model.state_dict().items(), 0)
     step = 0
     while True:

@@ -54,7 +54,7 @@ class Sampling:
         """The error that it ended with."""
         self._thread.join(60)
         assert not self._thread.is_alive()
-        assert isinstance(self.error, UserError | None)
+        assert self.error is None or isinstance(self.error, UserError)
         return self.error
 
 

@@ -2,15 +2,18 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
+from tests.parallel.pool import RankPool
 from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
 
 pytestmark = pytest.mark.sglang
@@ -60,7 +63,7 @@ def test_verify_names_the_tensor_that_differs_or_is_lacking(
 
 @pytest.mark.parametrize("partial", [True, False])
 def test_an_update_in_the_middle_of_generation(
-    make_engine: MakeEngine, model: PreTrainedModel, checkpoint: str, partial: bool
+    make_engine: MakeEngine, model: PreTrainedModel, partial: bool
 ) -> None:
     engine = make_engine(partial=partial)
     engine.update_weights(weights_of(model), 0)
@@ -68,7 +71,7 @@ def test_an_update_in_the_middle_of_generation(
     requests = [PromptRequest(i, (5, 6, 7 + i), 0) for i in range(4)]
     groups: list[Group] = []
     consumer = threading.Thread(
-        target=lambda: groups.extend(engine.generate(requests, SamplingParams(2, 1200, stop_token_ids=())))
+        target=lambda: groups.extend(engine.generate(requests, SamplingParams(2, 600)))
     )
     consumer.start()
     threading.Event().wait(1.0)
@@ -121,3 +124,31 @@ def test_a_server_restarted_without_weights_is_not_sampled_from(
         threading.Event().wait(0.1)
     assert engine.status() == dict.fromkeys(servers.urls, "ready")
     assert worst_gap(engine, model, 0) < 1e-4
+
+
+def _update_from_rank_zero(urls: list[str], python: str, checkpoint: str, logs: str) -> float:
+    """A rank of the trainer: its own collectives go on around an update by rank 0."""
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    if torch.distributed.get_rank() == 0:
+        config = SGLangConfig(urls=tuple(urls), python=python, bucket_mb=1)
+        engine = SGLangEngine(config, checkpoint, "fp32", Path(logs), "cpu")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+            engine.update_weights(weights_of(model), 0)
+            torch.distributed.all_reduce(total)
+            engine.update_weights(weights_of(model), 1)
+            assert worst_gap(engine, model, 1) < 1e-4
+        finally:
+            engine.close()
+    else:
+        torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def test_the_trainers_own_process_group_is_left_alone(
+    ranks: RankPool, servers: Servers, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = (servers.urls, servers.launch.python, str(checkpoint), str(tmp_path))
+    assert ranks.run(2, _update_from_rank_zero, *arguments) == [8.0, 8.0]

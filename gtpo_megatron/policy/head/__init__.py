@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gtpo_megatron.policy.head import torch_head
 from gtpo_megatron.policy.head.function import HeadPlan, LossHead, TileOperations
 from gtpo_megatron.policy.head.tiles import plan_tiles, statistics_dtype
 
@@ -99,12 +100,10 @@ def _operations(implementation: str, device: torch.device) -> TileOperations:
         has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         implementation = "triton" if has_triton else "torch"
     if implementation == "triton":
-        from gtpo_megatron.policy.head import triton_head  # noqa: PLC0415  triton is optional
+        from gtpo_megatron.policy.head.triton_head import OPERATIONS  # only here: Triton is optional
 
-        return triton_head.OPERATIONS
+        return OPERATIONS
     if implementation == "torch":
-        from gtpo_megatron.policy.head import torch_head  # noqa: PLC0415
-
         return torch_head.OPERATIONS
     raise ValueError(f"implementation: {implementation!r} is none of auto, torch, triton")
 

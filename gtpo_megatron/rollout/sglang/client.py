@@ -51,7 +51,8 @@ class Client:
         self.request_timeout_s = request_timeout_s
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            # A server drops idle connections after 5 s; a request that meets this moment would look like a fault.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
             trust_env=False,  # proxies of the environment are not for servers of this run
         )
 

@@ -105,7 +105,11 @@ class SGLangEngine:
         async def make_pool() -> Pool:
             client = Client(resolve_key(config.api_key), config.request_timeout_s)
             pool = Pool(
-                config, launch, client, Link(client, config.weight_transfer, timing.transfer_s), timing
+                config,
+                launch,
+                client,
+                Link(client, config.weight_transfer, timing.transfer_s, timing.collective_s),
+                timing,
             )
             await pool.start()
             return pool

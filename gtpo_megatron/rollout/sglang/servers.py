@@ -94,19 +94,11 @@ class Launch:
         port = free_port(self.config.host)
         args = [
             *("--host", self.config.host, "--port", str(port), "--worker-urls", *workers),
-            *(
-                "--policy",
-                "cache_aware",
-                "--request-timeout-secs",
-                str(int(self.config.request_timeout_s) + 1),
-            ),
+            *("--policy", "cache_aware"),
+            *("--request-timeout-secs", str(int(self.config.request_timeout_s) + 1)),
             # The project retries itself, and must see every failure to tell a dead server from a bad answer.
-            *(
-                "--disable-retries",
-                "--disable-circuit-breaker",
-                "--prometheus-port",
-                str(free_port("127.0.0.1")),
-            ),
+            *("--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"),
+            *("--prometheus-port", str(free_port("127.0.0.1"))),
         ]
         process = _start(
             self._command("sglang_router.launch_router", args),
@@ -126,7 +118,10 @@ class Launch:
         return [
             *("--model-path", self.model_path, "--host", config.host, "--port", str(port)),
             *("--dtype", DTYPES[self.dtype], "--tp-size", str(config.tensor)),
-            *("--max-running-requests", str(config.concurrency), *own, *config.args),
+            # A line per request would fill a disk in a week.
+            *("--log-level-http", "warning", "--max-running-requests", str(config.concurrency)),
+            *own,
+            *config.args,
         ]
 
     def _environment(self) -> dict[str, str]:

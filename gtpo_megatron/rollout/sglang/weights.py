@@ -26,9 +26,6 @@ from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers import is_loopback
 
 Method = Literal["distributed", "tensor", "disk"]
-DTYPE_NAMES = {
-    dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,16 @@ class Broadcast:
         options = torch.distributed.BroadcastOptions()
         options.rootRank = 0
         options.timeout = self._timeout
+        # Destroying a gloo group waits for its collectives: if `close` comes meanwhile, that must happen in this thread.
+        group = self._group
         if flat.is_cuda:
             torch.cuda.set_device(flat.device)
-        self._group.broadcast([flat], options).wait()
+        group.broadcast([flat], options).wait()
         if flat.is_cuda:
             torch.cuda.synchronize(flat.device)
 
     def close(self) -> None:
-        """Drop the connections; servers that wait in a broadcast then fail at once instead of at their own timeout."""
+        """Leave the group. A broadcast that hangs in another thread ends at its timeout (gloo) or at once (NCCL)."""
         if self._group is not None and hasattr(self._group, "abort"):
             self._group.abort()
         self._group = None
@@ -100,7 +99,8 @@ class Link:
 
     client: Client
     method: Method
-    timeout_s: float
+    timeout_s: float  # of a call
+    collective_s: float  # of one broadcast, and of joining the group
     broadcast: Broadcast | None = None
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sglang-weights"))
 
@@ -129,7 +129,7 @@ class Link:
             return self.broadcast
         await self.drop_group()
         # A server that does not join would keep the rendezvous waiting for the whole of the timeout.
-        new = Broadcast(targets, device, self.timeout_s)
+        new = Broadcast(targets, device, self.collective_s)
         offset, calls = 1, []
         for target in targets:
             body = {"master_address": new.host, "master_port": new.port, "rank_offset": offset}
@@ -224,7 +224,7 @@ class Transfer:
         """All servers or none: a broken broadcast leaves every server with some tensors of each version."""
         body = {
             "names": bucket.names,
-            "dtypes": [DTYPE_NAMES[dtype] for dtype in bucket.dtypes],
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
             "shapes": [list(shape) for shape in bucket.shapes],
             "load_format": "flattened_bucket",
             "flush_cache": False,
