@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gtpo_megatron import __version__
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.convert_cli import convert_app
 from gtpo_megatron.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(convert_app, name="convert")
 
 YAML_SUFFIXES = (".yaml", ".yml")
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
@@ -135,6 +138,19 @@ def report(
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: no metrics.jsonl there; give a run's directory, e.g. runs/quickstart")
     write_report(run_dir)
+
+
+@app.command(name="verify-resume", epilog="Example: gtpo-megatron verify-resume runs/quickstart")
+def verify_resume(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory", metavar="RUN_DIR", show_default=False)],
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the short copy.")] = 3,
+) -> None:
+    """Show on a short copy of a run that an interrupted training goes on to the same metrics. Exit code 1 if not."""
+    from gtpo_megatron.verify_resume import verify_resume as verify
+
+    report = verify(run_dir, steps=steps)
+    typer.echo(report.summary())
+    raise typer.Exit(int(not report.exact))
 
 
 @app.command()

@@ -50,12 +50,12 @@ def train(config: RunConfig) -> int:
             with run.stage("weights"):
                 run.publish_weights()
             record(run, trajectories, passed, update)
+            stop_after_bad_steps(run, update)
+            if run.step == config.training.steps or _due(run.step, config.evaluation.every):
+                evaluate(run)  # before the save: a checkpoint never stands ahead of the metrics
             if _due(run.step, config.checkpoint.every):
                 save(run, batches)
             run.checkpointer.poll()
-            if run.step == config.training.steps or _due(run.step, config.evaluation.every):
-                evaluate(run)
-            stop_after_bad_steps(run, update)
         save(run, batches)
         finish(run)
     if run.main:
@@ -201,7 +201,13 @@ def finish(run: Run) -> None:
     with run.stage("checkpoint"):
         run.checkpointer.finish()
         if run.step >= config.training.steps and config.checkpoint.export_hf:
-            export_hf_checkpoint(run.policy, config.model.path, run.path / "hf", config.model.dtype)
+            export_hf_checkpoint(
+                run.policy,
+                config.model.path,
+                run.path / "hf",
+                config.model.dtype,
+                tokenizer=config.model.tokenizer,
+            )
 
 
 def _due(step: int, every: int) -> bool:
