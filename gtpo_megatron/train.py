@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,8 @@ COMPLETE, STOPPED = 0, 3
 
 
 def train(config: RunConfig) -> int:
-    """Train as configured, from the newest checkpoint of the run if it has one. Collective.
+    """Train as configured, from the newest checkpoint of the run if it has one. Collective; in the main thread alone,
+    for it catches signals.
 
     Returns 0 when all steps are done, 3 when a signal stopped the run (the same command goes on from there).
     Raises UserError for what the user can mend; whatever was done until then is written.
@@ -44,15 +46,20 @@ def train(config: RunConfig) -> int:
             evaluate(run)
         while run.step < config.training.steps and not run.stop_requested():
             run.seconds.clear()
-            trajectories = next_batch(run, batches)
+            with saved_before_giving_up(run, batches):
+                trajectories = batches.next()
             passed, update = train_on(run, trajectories)
             run.step, run.version = run.step + 1, run.version + update.applied
-            with run.stage("weights"):
-                run.publish_weights()
-            record(run, trajectories, passed, update)
+            with saved_before_giving_up(run, batches):
+                try:
+                    with run.stage("weights"):
+                        run.publish_weights()
+                finally:  # a checkpoint never stands ahead of the metrics
+                    record(run, trajectories, passed, update)
             stop_after_bad_steps(run, update)
             if run.step == config.training.steps or _due(run.step, config.evaluation.every):
-                evaluate(run)  # before the save: a checkpoint never stands ahead of the metrics
+                with saved_before_giving_up(run, batches):
+                    evaluate(run)
             if _due(run.step, config.checkpoint.every):
                 save(run, batches)
             run.checkpointer.poll()
@@ -63,10 +70,11 @@ def train(config: RunConfig) -> int:
     return COMPLETE if run.step >= config.training.steps else STOPPED
 
 
-def next_batch(run: Run, batches: Batches) -> list[Trajectory]:
-    """Sample, score, analyse and store; if that cannot go on (no server left, rewards fail), save before giving up."""
+@contextmanager
+def saved_before_giving_up(run: Run, batches: Batches) -> Iterator[None]:
+    """Save the run before an error that a person must mend ends it (no server left, mismatch, rewards fail). Collective."""
     try:
-        return batches.next()
+        yield
     except UserError:
         run.save_checkpoint(batches.sampler_state)
         run.checkpointer.finish()
@@ -76,7 +84,8 @@ def next_batch(run: Run, batches: Batches) -> list[Trajectory]:
 def save(run: Run, batches: Batches) -> None:
     """A checkpoint of this step, with every batch that is sampled already in the store."""
     with run.stage("checkpoint"):
-        batches.settle()
+        with saved_before_giving_up(run, batches):
+            batches.settle()
         run.save_checkpoint(batches.sampler_state)
 
 

@@ -52,14 +52,15 @@ def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     )
 
 
-def problem(rng: random.Random) -> dict[str, str]:
-    """A sum of two numbers below 20."""
-    a, b = rng.randrange(20), rng.randrange(20)
-    return {"question": f"{a}+{b}?", "solution": f"{a}+{b}={a + b}", "answer": str(a + b)}
+def problem(rng: random.Random, slips: float = 0.0) -> dict[str, str]:
+    """A sum of two digits; with probability `slips` its solution is off by one or two, and so is its answer."""
+    a, b = rng.randrange(10), rng.randrange(10)
+    total = a + b + (rng.choice((-2, -1, 1, 2)) if rng.random() < slips else 0)
+    return {"question": f"{a}+{b}?", "solution": f"{a}+{b}={total}", "answer": str(total)}
 
 
 def main() -> None:
-    """Write <directory>/model and <directory>/data."""
+    """Write <directory>/model and <directory>/data: warmup.jsonl has slips, train.jsonl and test.jsonl have none."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,8 +71,9 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     data = arguments.directory / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", 4000), ("test", 100)):
-        lines = [json.dumps(problem(rng)) for _ in range(rows)]
+    # A policy that has learned from a teacher who slips half of the time is right half of the time: what GTPO can mend.
+    for split, rows, slips in (("warmup", 6000, 0.5), ("train", 4000, 0.0), ("test", 100, 0.0)):
+        lines = [json.dumps(problem(rng, slips)) for _ in range(rows)]
         (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 

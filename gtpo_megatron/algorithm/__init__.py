@@ -6,7 +6,7 @@ and entropies -> `entropy_gate` -> `gtpo_loss`. The loss is additive over micro-
 The default is the paper's formula. `compat="reference"` reproduces the authors' code where it departs from it:
 `token_weights(compat="reference")`, `completion_normalizers(compat="reference")` as `num_completions`,
 `entropy_gate(mode="always", threshold=REFERENCE_THRESHOLD)`, `gamma=REFERENCE_GAMMA`, and entropies computed by the policy as
--sum p ln max(p, 1e-6).
+-sum p ln max(p, REFERENCE_ENTROPY_FLOOR).
 """
 
 from gtpo_megatron.algorithm.advantages import group_advantages
@@ -19,6 +19,7 @@ from gtpo_megatron.algorithm.baselines import (
 )
 from gtpo_megatron.algorithm.conflicts import conflict_runs
 from gtpo_megatron.algorithm.losses import (
+    REFERENCE_ENTROPY_FLOOR,
     REFERENCE_GAMMA,
     REFERENCE_THRESHOLD,
     completion_normalizers,
@@ -27,6 +28,7 @@ from gtpo_megatron.algorithm.losses import (
 from gtpo_megatron.algorithm.weights import entropy_gate, token_weights
 
 __all__ = [
+    "REFERENCE_ENTROPY_FLOOR",
     "REFERENCE_GAMMA",
     "REFERENCE_THRESHOLD",
     "GrpoDiagnostics",

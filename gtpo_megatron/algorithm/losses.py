@@ -15,6 +15,7 @@ from gtpo_megatron.algorithm._checks import (
 
 REFERENCE_THRESHOLD = 0.7  # the authors' code: entropy_gate(mode="always", threshold=0.7), gamma 0.1
 REFERENCE_GAMMA = 0.1
+REFERENCE_ENTROPY_FLOOR = 1e-6  # its entropies are -sum p ln max(p, 1e-6)
 
 
 def completion_normalizers(

@@ -312,7 +312,7 @@ def random_state() -> dict[str, Tensor]:
         "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state().cpu(),
+        "device": platform.random_state(),
     }
     for key, value in get_cuda_rng_tracker().get_states().items():
         state[f"tracker.{key}"] = value.cpu()
@@ -327,6 +327,6 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     cached = state["numpy_gauss"].item()
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
+    platform.set_random_state(state["device"])
     trackers = {k.removeprefix("tracker."): v for k, v in state.items() if k.startswith("tracker.")}
     get_cuda_rng_tracker().set_states(trackers)

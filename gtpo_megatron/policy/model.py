@@ -39,6 +39,15 @@ def _mend_bridge() -> None:
     mapping = param_mapping.MegatronParamMapping
     scatter, gather = mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks
     to_global = model_bridge._megatron_local_name_to_global
+    columns = param_mapping.ColumnParallelMapping
+    split_rows = columns.hf_to_megatron
+
+    def split_padded(self: Any, hf_weights: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        # it pads the model's vocabulary to a multiple of tensor parallelism, and then refuses to split the checkpoint's
+        if hf_weights is not None and self.megatron_param.endswith(_VOCABULARY_PARAMETERS):
+            missing = -hf_weights.size(0) % self.tp_size
+            hf_weights = nn.functional.pad(hf_weights, (0, 0, 0, missing)) if missing else hf_weights
+        return split_rows(self, hf_weights, *args, **kwargs)
 
     def scatter_contiguous(self: Any, splits: list[Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
         # it scatters views; gloo sends their memory as it lies, and o_proj and down_proj would load wrong
@@ -63,8 +72,11 @@ def _mend_bridge() -> None:
 
     mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks = scatter_contiguous, gather_experts
     model_bridge._megatron_local_name_to_global = name_experts
+    columns.hf_to_megatron = split_padded
 
 
+_VOCABULARY_PARAMETERS = ("word_embeddings.weight", "output_layer.weight")
+_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # the same at Hugging Face
 _LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.(linear_fc\d)\.weight")
 _mend_bridge()
 
@@ -274,7 +286,8 @@ def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Stream (Hugging Face name, whole tensor on the CPU). Collective: every rank must drain it; all get all tensors."""
     modules = [c.module if isinstance(c, DistributedDataParallel) else c for c in policy.chunks]
     for name, tensor in policy.bridge.export_hf_weights(modules, cpu=True, show_progress=False):
-        yield name, tensor.detach()
+        whole = tensor[: policy.vocab_size] if name.endswith(_VOCABULARY_WEIGHTS) else tensor
+        yield name, whole.detach()
 
 
 def parameters_on_rank(policy: Policy) -> int:

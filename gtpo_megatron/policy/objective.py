@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gtpo_megatron.algorithm import (
+    REFERENCE_ENTROPY_FLOOR,
     REFERENCE_GAMMA,
     REFERENCE_THRESHOLD,
     completion_normalizers,
@@ -36,7 +37,12 @@ class Report:
     sums: dict[str, Tensor] = field(default_factory=dict)  # scalars, to be added over micro-batches and ranks
 
 
-Objective = Callable[[MicroBatch, TokenStatistics], tuple[Tensor, Report]]
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a micro-batch, and what it asks of the head beside log-probabilities and entropies."""
+
+    loss: Callable[[MicroBatch, TokenStatistics], tuple[Tensor, Report]]
+    entropy_floor: float | None = None  # see `token_statistics`
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def make_objective(
     `initial_entropy` is H_ini in nats, which only GTPO's gate looks at.
     """
 
-    def objective(batch: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, Report]:
+    def loss(batch: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, Report]:
         if (
             not batch.indices
         ):  # a rank with nothing to do; the zero keeps the backward pass and its collectives
@@ -94,7 +100,7 @@ def make_objective(
             return _grpo(config, constants, batch, logprobs, weights, report), report
         return sft_loss(logprobs, weights, constants.num_tokens), report
 
-    return objective
+    return Objective(loss, REFERENCE_ENTROPY_FLOOR if config.compat == "reference" else None)
 
 
 def _gtpo(

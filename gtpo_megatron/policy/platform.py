@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -23,6 +24,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 HAS_CUDA = torch.cuda.is_available()
+# All other ranks wait in a collective while rank 0 samples from servers, or waits for them to come back; NCCL's default
+# of 10 minutes would end the run meanwhile.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 _CPU = torch.device("cpu")
 _installed = False
 
@@ -48,6 +52,19 @@ def peak_memory_gib() -> float:
     if HAS_CUDA:
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def random_state() -> torch.Tensor:
+    """State of the device's random generator, on the host; without CUDA that of torch's own."""
+    return torch.cuda.get_rng_state().cpu() if HAS_CUDA else torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    """Put back what `random_state` returned."""
+    if HAS_CUDA:
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
 
 
 def has_transformer_engine() -> bool:
@@ -254,6 +271,6 @@ def init_process_group() -> None:
     if HAS_CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend())
+        dist.init_process_group(backend(), timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)

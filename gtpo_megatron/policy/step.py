@@ -119,7 +119,7 @@ def score(
         return zero, completion_report(batch, statistics, parallel_state.get_context_parallel_group())
 
     data = run_schedule(
-        policy, micro_batches, partial(_loss, policy, measure, temperature), forward_only=True
+        policy, micro_batches, partial(_loss, policy, Objective(measure), temperature), forward_only=True
     )
     return _collect(data, num_completions)
 
@@ -140,7 +140,9 @@ def with_logprobs(
         kept.append(statistics.logprobs.detach())
         return statistics.logprobs.new_zeros(()), Report()
 
-    run_schedule(policy, micro_batches, partial(_loss, policy, keep, temperature), forward_only=True)
+    run_schedule(
+        policy, micro_batches, partial(_loss, policy, Objective(keep), temperature), forward_only=True
+    )
     if not kept:  # not the last stage
         return list(micro_batches)
     return [replace(batch, **{name: values}) for batch, values in zip(micro_batches, kept, strict=True)]
@@ -206,15 +208,15 @@ def _loss(
     policy: Policy, objective: Objective, temperature: float, batch: MicroBatch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Megatron's loss function of one micro-batch: (loss, token count, report). Last stage only."""
-    statistics = response_statistics(policy, batch, hidden, temperature)
-    loss, report = objective(batch, statistics)
+    statistics = response_statistics(policy, batch, hidden, temperature, objective.entropy_floor)
+    loss, report = objective.loss(batch, statistics)
     count = torch.tensor(len(batch.targets), dtype=torch.int, device=hidden.device)
     report.sums["loss"] = loss.detach()
     return loss, count, {"indices": batch.indices, "report": report}
 
 
 def response_statistics(
-    policy: Policy, batch: MicroBatch, hidden: Tensor, temperature: float
+    policy: Policy, batch: MicroBatch, hidden: Tensor, temperature: float, entropy_floor: float | None = None
 ) -> TokenStatistics:
     """Token statistics at response positions from the last stage's hidden states [1, T (/ tp), hidden]."""
     model = policy.last_stage
@@ -231,6 +233,7 @@ def response_statistics(
         vocab_size=policy.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         temperature=temperature,
+        entropy_floor=entropy_floor,
         main_grad=weight.main_grad
         if policy.config.gradient_accumulation_fusion and weight.requires_grad
         else None,

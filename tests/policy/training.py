@@ -15,7 +15,7 @@ from gtpo_megatron.policy.batch import MicroBatch  # noqa: E402
 from gtpo_megatron.policy.checkpoint import Checkpointer, TrainState  # noqa: E402
 from gtpo_megatron.policy.head import TokenStatistics  # noqa: E402
 from gtpo_megatron.policy.model import Policy, build_policy, export_hf_weights, initialize_parallel  # noqa: E402
-from gtpo_megatron.policy.objective import Report  # noqa: E402
+from gtpo_megatron.policy.objective import Objective, Report  # noqa: E402
 from gtpo_megatron.policy.optimizer import Optimizer, apply_update, build_optimizer  # noqa: E402
 from gtpo_megatron.policy.step import forward_backward, pack  # noqa: E402
 from gtpo_megatron.trajectories.record import Trajectory  # noqa: E402
@@ -79,7 +79,7 @@ def steps(config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: rang
     done = []
     for number in numbers:
         micro_batches = pack(batch(number), config.parallel, config.training.micro_batch_tokens)
-        loss = forward_backward(policy, micro_batches, negative_logprob, 8).loss
+        loss = forward_backward(policy, micro_batches, Objective(negative_logprob), 8).loss
         update = apply_update(optimizer, policy, loss)
         done.append((loss, update.grad_norm, update.learning_rate))
     return done

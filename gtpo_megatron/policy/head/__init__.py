@@ -26,7 +26,8 @@ class TokenStatistics:
     logprobs: Tensor
     """[R] ln pi(target), float32 (float64 for float64 weights), differentiable"""
     entropy: Tensor
-    """[R] nats over the full vocabulary, same type; carries no gradient unless `entropy_grad` was asked for"""
+    """[R] nats over the full vocabulary, same type; carries no gradient unless `entropy_grad` was asked for. With an
+    `entropy_floor`, -sum p ln max(p, floor)"""
 
 
 def token_statistics(
@@ -38,6 +39,7 @@ def token_statistics(
     tp_group: ProcessGroup | None = None,
     temperature: float = 1.0,
     entropy_grad: bool = False,
+    entropy_floor: float | None = None,
     implementation: Literal["auto", "torch", "triton"] = "auto",
     token_tile: int | None = None,
     vocab_tile: int | None = None,
@@ -60,6 +62,9 @@ def token_statistics(
             whatever brought `hidden` here (Megatron's copy-to or gather-from-sequence-parallel region).
         temperature: divides the logits.
         entropy_grad: let gradients flow through the entropy.
+        entropy_floor: give -sum p ln max(p, floor) as entropy, a constant: what GTPO's authors' code computes, with 1e-6.
+            It needs p, so the logits of a second, forward-only pass over the tiles (but for those that are kept) and one
+            more SUM all-reduce of O(R); the tile operations are PyTorch's in either implementation.
         implementation: "auto" is Triton for CUDA tensors where Triton can be imported, else PyTorch.
         token_tile, vocab_tile: tile sizes, chosen from the workspace by default.
         main_grad: [V_local, H] buffer of any floating type (Megatron's `param.main_grad`) into which the weight's
@@ -68,11 +73,16 @@ def token_statistics(
             zeros if `weight.zero_out_wgrad`, uninitialised otherwise. Without the attribute no gradient is returned.
 
     Raises:
-        ValueError: shapes or types that do not fit, a temperature that is not positive, or, for CPU targets, an id
-            outside the vocabulary, with its index. On a GPU the check would cost a synchronisation: there the
-            log-probability of such an id is NaN. NaN and infinite logits give NaN statistics and gradients.
+        ValueError: shapes or types that do not fit, a temperature or a floor that is not positive, a floor together with
+            `entropy_grad`, or, for CPU targets, an id outside the vocabulary, with its index. On a GPU the check would
+            cost a synchronisation: there the log-probability of such an id is NaN. NaN and infinite logits give NaN
+            statistics and gradients.
     """
     _check(hidden, weight, targets, vocab_size, temperature, main_grad)
+    if entropy_floor is not None and (entropy_floor <= 0 or entropy_grad):
+        raise ValueError(
+            f"entropy_floor: {entropy_floor} must be above 0, and is not for entropy_grad={entropy_grad}"
+        )
     rank, size = (tp_group.rank(), tp_group.size()) if tp_group is not None else (0, 1)
     first_id = rank * weight.shape[0]
     vocab_rows = min(max(vocab_size - first_id, 0), weight.shape[0])
@@ -89,6 +99,7 @@ def token_statistics(
         tp_group=tp_group if size > 1 else None,
         temperature=temperature,
         entropy_grad=entropy_grad,
+        entropy_floor=entropy_floor,
         dtype=statistics_dtype(hidden),
         main_grad=main_grad,
     )

@@ -1,6 +1,7 @@
 """The head as one autograd function: the loops over tiles and the two all-reduces. What is done to a tile of logits
 is left to an implementation (`TileOperations`)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +70,7 @@ class HeadPlan:
     tp_group: dist.ProcessGroup | None
     temperature: float
     entropy_grad: bool
+    entropy_floor: float | None
     dtype: torch.dtype
     main_grad: Tensor | None
 
@@ -87,6 +89,8 @@ class LossHead(torch.autograd.Function):
         ctx.plan, ctx.kept = plan, {}
         running = _scan(hidden, weight, targets, plan, ctx.kept if any(ctx.needs_input_grad) else None)
         logprobs, entropy, log_total = _reduce(running, targets, plan)
+        if plan.entropy_floor is not None:
+            entropy = _floored_entropy(hidden, weight, log_total, plan, plan.entropy_floor, ctx.kept)
         ctx.save_for_backward(hidden, weight, targets, log_total, entropy)
         if not plan.entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -235,6 +239,29 @@ def _reduce(running: RunningStatistics, targets: Tensor, plan: HeadPlan) -> tupl
     outside = (targets < 0) | (targets >= plan.vocab_size)
     logprobs = torch.where(outside, torch.nan, target - log_total)
     return logprobs, log_total - moment / total, maximum + log_total
+
+
+def _floored_entropy(
+    hidden: Tensor, weight: Tensor, log_total: Tensor, plan: HeadPlan, floor: float, kept: KeptTiles
+) -> Tensor:
+    """-sum p ln max(p, floor) of each row [R] over the whole vocabulary. Kept tiles are read, and stay as they are."""
+    entropy = torch.zeros_like(log_total)
+    left = operand(hidden, plan.dtype)
+    logits_buffer, scratch_buffer = _workspace(left, plan)
+    for columns in spans(plan.vocab_rows, plan.tiles.vocab_tile):
+        right = operand(weight[columns], plan.dtype)
+        for rows in spans(len(hidden), plan.tiles.token_tile):
+            buffer, scratch = _view(logits_buffer, rows, columns), _view(scratch_buffer, rows, columns)
+            logits, shift = kept.get((rows.start, columns.start), (buffer, None))
+            if logits is buffer:
+                multiply(left[rows], right.t(), logits, scale=1 / plan.temperature)
+            rest = log_total[rows] if shift is None else log_total[rows] - shift
+            logprobs = torch.sub(logits, rest.unsqueeze(1), out=buffer)
+            probabilities = torch.exp(logprobs, out=scratch if scratch.dtype == plan.dtype else None)
+            entropy[rows] -= logprobs.clamp_(min=math.log(floor)).mul_(probabilities).sum(1)
+    if plan.tp_group is not None:
+        dist.all_reduce(entropy, dist.ReduceOp.SUM, group=plan.tp_group)
+    return entropy
 
 
 def _workspace(left: Tensor, plan: HeadPlan) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,129 @@
+"""Training with rollouts from real servers: layouts and ways of weights, one step off policy, and no server left."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.metrics import read_metrics
+from gtpo_megatron.rollout.sglang.client import Client
+from gtpo_megatron.rollout.sglang.verify import differing_tensors
+from gtpo_megatron.trajectories.store import TrajectoryStore
+from tests.parallel.pool import RankPool
+from tests.sglang.conftest import Servers
+from tests.sglang.proxy import FaultyProxy
+from tests.sglang.training_job import run_config, train, train_beside_rollout
+
+pytestmark = pytest.mark.sglang
+
+
+def served_version(url: str, checkpoint: Path) -> int:
+    """The version of the weights that a server holds, which must be exactly those of the checkpoint."""
+
+    async def ask() -> str:
+        client = Client(None, 60.0)
+        try:
+            tag = (await client.info(url)).weight_version
+            assert not await differing_tensors(client, url, str(checkpoint), tag, 60.0)
+            return tag
+        finally:
+            await client.close()
+
+    return int(asyncio.run(ask()).rsplit(":", 1)[1])
+
+
+def check_on_policy(config: RunConfig, servers: Servers) -> None:
+    """Servers and trainer agree at every step, and the servers hold in the end what the run exports."""
+    rows = read_metrics(config.path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, config.training.steps + 1))
+    for row in rows:
+        assert row["weight_version"] == row["step"]
+        assert row["staleness"] == 0
+        assert row["grad_norm"] > 0
+        assert row["mismatch/tokens"] > 0
+        assert row["mismatch/mean_abs"] < 1e-4
+        assert row["logprob_gap/max"] < 1e-3
+    for url in servers.urls:
+        assert served_version(url, config.path / "hf") == config.training.steps
+
+
+def test_training_in_one_process(ranks: RankPool, servers: Servers, tmp_path: Path) -> None:
+    sglang = {"urls": servers.urls, "verify_every": 1}
+    config = run_config(tmp_path, servers.checkpoint, 2, rollout={"sglang": sglang})
+    assert ranks.run(1, train, config) == [0]
+    check_on_policy(config, servers)
+
+
+@pytest.mark.parametrize("method", ["distributed", "tensor", "disk"])
+def test_weights_of_a_trainer_at_tp2_pp2_reach_the_servers(
+    ranks: RankPool, servers: Servers, tmp_path: Path, method: str
+) -> None:
+    sglang = {"urls": servers.urls, "verify_every": 1, "weight_transfer": method, "bucket_mb": 1}
+    config = run_config(
+        tmp_path,
+        servers.checkpoint,
+        2,
+        rollout={"sglang": sglang},
+        parallel={"tensor": 2, "pipeline": 2},
+    )
+    assert ranks.run(4, train, config) == [0] * 4
+    check_on_policy(config, servers)
+
+
+def test_one_step_off_policy(ranks: RankPool, servers: Servers, tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path,
+        servers.checkpoint,
+        4,
+        rollout={"sglang": {"urls": servers.urls}, "staleness": 1},
+        algorithm={"importance": {"level": "token", "cap": 2.0}},
+    )
+    assert ranks.run(1, train_beside_rollout, config) == [0]
+    rows = read_metrics(config.path / "metrics.jsonl")
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+    # the policy moved between sampling and training, which is what the importance weights correct
+    assert rows[0]["logprob_gap/max"] < 1e-3 < min(row["logprob_gap/max"] for row in rows[1:])
+    assert all(0 <= row["importance/truncated_share"] <= 1 for row in rows)
+    store = TrajectoryStore(config.path / "trajectories")
+    for step in range(4):
+        versions = np.concatenate([t.token_versions for t in store.read(step)])
+        assert set(versions.tolist()) == {max(step - 1, 0)}
+
+
+@pytest.mark.parametrize("staleness, cut", [(0, "/"), (1, "/begin_weight_update")])
+def test_without_servers_the_run_saves_and_stops_and_goes_on_when_they_are_back(
+    ranks: RankPool, servers: Servers, proxy: FaultyProxy, tmp_path: Path, staleness: int, cut: str
+) -> None:
+    steps = 4
+    sglang = {"urls": [proxy.url], "no_server_timeout_s": 4.0, "start_timeout_s": 60.0}
+    config = run_config(
+        tmp_path, servers.checkpoint, steps, rollout={"sglang": sglang, "staleness": staleness}
+    )
+    metrics = config.path / "metrics.jsonl"
+
+    def cut_after_first_step() -> None:
+        while not (metrics.exists() and metrics.read_text().count("\n")):
+            time.sleep(0.02)
+        proxy.faults = {cut: "cut"}
+
+    threading.Thread(target=cut_after_first_step, daemon=True).start()
+    (message,) = ranks.run(1, train, config)
+    assert "no SGLang server has been usable for 4 s" in message
+    assert proxy.url in message
+    done = len(read_metrics(metrics))
+    assert 1 <= done < steps
+    assert (config.path / "checkpoints" / f"step-{done:06d}" / "manifest.json").exists()
+    proxy.faults = {}
+    assert ranks.run(1, train, config) == [0]
+    rows = read_metrics(metrics)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert [row["weight_version"] for row in rows] == list(range(1, steps + 1))
+    if not staleness:
+        assert max(row["logprob_gap/max"] for row in rows) < 1e-3
+    store = TrajectoryStore(config.path / "trajectories")
+    prompts = [{t.prompt_id for t in store.read(step)} for step in range(steps)]
+    assert len(set.union(*prompts)) == 2 * steps  # none lost, none sampled twice

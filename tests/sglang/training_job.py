@@ -1,0 +1,67 @@
+"""Whole training runs with SGLang rollouts, for the rank pool."""
+
+import threading
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from gtpo_megatron import batches
+from gtpo_megatron import train as loop
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.run import Run
+from gtpo_megatron.trajectories.record import Trajectory
+
+OVERLAP_S = 120.0
+
+
+def run_config(directory: Path, checkpoint: Path, steps: int, **sections: Any) -> RunConfig:
+    """GTPO on sums with a reward that a random policy has a signal from; sections are given as dictionaries."""
+    data = directory / "sums.jsonl"
+    data.write_text("".join(f'{{"question": "{a} + 5 =", "answer": "{a + 5}"}}\n' for a in range(20)))
+    base = {
+        "name": "run",
+        "dir": str(directory),
+        "model": {"path": str(checkpoint), "dtype": "fp32"},
+        "data": {"path": str(data), "system_prompt": "", "max_prompt_tokens": 64},
+        "training": {"steps": steps, "micro_batch_tokens": 256},
+        "rollout": {"engine": "sglang", "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 12},
+        "rewards": {
+            "workers": 1,
+            "terms": [{"kind": "python", "function": "tests.chaos_reward:different_characters"}],
+        },
+        "optimizer": {"lr": 1e-2},
+        "logging": {"tensorboard": False, "progress": "off"},
+    }
+    return RunConfig.model_validate(base | {k: {**base.get(k, {}), **value} for k, value in sections.items()})
+
+
+def train(config: RunConfig) -> int | str:
+    """The exit code of the run, or the message of the error that ended it."""
+    try:
+        return loop.train(config)
+    except UserError as error:
+        return str(error)
+
+
+def train_beside_rollout(config: RunConfig) -> int:
+    """Train, but begin no update before the next batch has been sampled: with rollouts in turn this would never end."""
+    sampled = {step: threading.Event() for step in range(1, config.training.steps)}
+    sample_share, train_on = batches.sample_share, loop.train_on
+
+    def told(*arguments: Any) -> list[Trajectory]:
+        share = sample_share(*arguments)
+        step = share[0].step
+        if step in sampled:
+            sampled[step].set()
+        return share
+
+    def patient(run: Run, trajectories: list[Trajectory]) -> Any:
+        if run.step + 1 in sampled and not sampled[run.step + 1].wait(OVERLAP_S):
+            raise AssertionError(
+                f"batch {run.step + 1} was not sampled while batch {run.step} was trained on"
+            )
+        return train_on(run, trajectories)
+
+    with patch.object(batches, "sample_share", told), patch.object(loop, "train_on", patient):
+        return loop.train(config)

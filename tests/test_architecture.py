@@ -1,0 +1,128 @@
+"""Who may import whom: docs/architecture.md's rules, read off the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+BASE = {"config", "errors"}
+# room -> the other rooms and modules of ours that it may import
+ALLOWED = {
+    "algorithm": set(),
+    "policy.head": set(),
+    "errors": set(),
+    "config": set(),
+    "config_loading": BASE,
+    "layout": {"config"},
+    "trajectories": BASE | {"algorithm"},
+    "data": BASE,
+    "rewards": BASE,
+    "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
+    "rollout.sglang": BASE | {"rollout", "trajectories"},
+    "policy": BASE | {"algorithm", "trajectories", "config_loading", "layout", "policy.head"},
+    "evaluation": BASE | {"data", "policy", "rewards", "rollout", "trajectories"},
+    "metrics": BASE,
+    "progress": BASE,
+    "report": BASE | {"metrics", "report_plot", "trajectories"},
+    "report_plot": BASE | {"metrics"},
+    "preflight": BASE | {"data", "layout"},
+    "doctor": {"preflight"},
+}
+# What these look at is the machine, or the tensor in their hands; nothing in them decides how the policy is computed.
+MAY_SAY_CUDA = {
+    "policy/platform.py": "the one place that knows",
+    "doctor.py": "reports what the machine has",
+    "preflight.py": "refuses what the machine cannot run",
+    "rollout/sglang/engine.py": "default device of servers that it starts",
+    "rollout/sglang/buckets.py": "waits for the stream of a tensor that another thread sends",
+    "rollout/sglang/weights.py": "NCCL broadcasts on the device of the tensor that it is given",
+}
+
+
+def room_of(parts: list[str]) -> str:
+    """policy/step.py -> policy; rollout/sglang/pool.py -> rollout.sglang; train.py -> train."""
+    if parts[:2] in (["policy", "head"], ["rollout", "sglang"]):
+        return ".".join(parts[:2])
+    return parts[0]
+
+
+def room(source: Path) -> str:
+    return room_of(list(source.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def imports(source: Path) -> Iterator[str]:
+    """Dotted names that a file imports, anywhere in it; `from a.b import c` gives a.b.c."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_rooms(source: Path) -> set[str]:
+    """Rooms of ours that a file imports, its own left out."""
+    names = (name.split(".")[1:] for name in imports(source) if name.startswith("gtpo_megatron."))
+    return {room_of(parts) for parts in names} - {room(source)}
+
+
+def importers(library: str) -> set[str]:
+    return {
+        source.relative_to(PACKAGE).as_posix()
+        for source in SOURCES
+        if any(name == library or name.startswith(f"{library}.") for name in imports(source))
+    }
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_arrows_point_one_way(name: str) -> None:
+    files = [source for source in SOURCES if room(source) == name]
+    assert files
+    found = {source.name: own_rooms(source) - ALLOWED[name] for source in files}
+    assert {file: rooms for file, rooms in found.items() if rooms} == {}
+
+
+def test_only_policy_imports_megatron() -> None:
+    assert {path for path in importers("megatron") if not path.startswith("policy/")} == set()
+
+
+def test_algorithm_and_head_need_torch_alone() -> None:
+    allowed = {"torch", "gtpo_megatron", "triton"}
+    for source in SOURCES:
+        if room(source) in ("algorithm", "policy.head"):
+            libraries = {name.partition(".")[0] for name in imports(source)}
+            outside = {name for name in libraries - allowed if not _standard(name)}
+            assert outside == set(), source
+    assert importers("triton") == {"policy/head/triton_head.py"}
+
+
+def test_only_rollout_sglang_speaks_http() -> None:
+    assert importers("httpx") == {"rollout/sglang/client.py"}
+    others = {
+        path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
+    }
+    assert others == {"run.py"}
+
+
+def test_train_is_the_algorithm_alone() -> None:
+    libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
+    assert libraries.isdisjoint({"megatron", "torch", "transformers", "httpx"})
+
+
+def test_one_module_knows_cuda() -> None:
+    found = set()
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
+                found.add(source.relative_to(PACKAGE).as_posix())
+    assert found == set(MAY_SAY_CUDA)
+
+
+def _standard(name: str) -> bool:
+    import sys
+
+    return name in sys.stdlib_module_names

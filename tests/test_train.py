@@ -1,0 +1,355 @@
+"""Whole runs: what they write, that layouts and interruptions change nothing, and how they end."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.metrics import read_metrics
+from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.store import TrajectoryStore
+from gtpo_megatron.verify_resume import compare
+from tests.parallel.pool import RankPool
+from tests.training_jobs import (
+    reward,
+    run_noting_the_store,
+    run_training,
+    run_with_signal,
+    small_run,
+)
+
+GSM8K = Path(__file__).parent / "fixtures" / "gsm8k_small.jsonl"
+STAGES = {"rollout", "store", "training", "weights"}
+METRICS = {
+    "loss",
+    "grad_norm",
+    "lr",
+    "weight_version",
+    "staleness",
+    "reward/mean",
+    "reward/std",
+    "reward/characters",
+    "reward/failed",
+    "advantage/abs_mean",
+    "advantage/min",
+    "advantage/max",
+    "response/length_mean",
+    "response/length_max",
+    "response/truncated",
+    "conflict/prefix_mean",
+    "conflict/suffix_mean",
+    "conflict/protected_share",
+    "conflict/amplified_share",
+    "groups/no_signal",
+    "gate/pass_rate",
+    "entropy/initial",
+    "entropy/mean",
+    "entropy/p10",
+    "entropy/p50",
+    "entropy/p90",
+    "logprob_gap/mean",
+    "logprob_gap/max",
+    "tokens_per_second",
+    "memory/peak_gib",
+    *(f"seconds/{stage}" for stage in STAGES),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def make(directory: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[..., RunConfig]:
+    """Configurations of runs in one directory, on GSM8K's format or on sums."""
+    sums = directory / "sums.jsonl"
+    rows = [{"question": f"{a} + {b} =", "answer": str(a + b)} for a in range(5) for b in range(5)]
+    sums.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def configure(name: str, **sections: Any) -> RunConfig:
+        return small_run(directory, name, tiny_checkpoint("qwen3"), sums, **sections)
+
+    return configure
+
+
+def metrics_of(config: RunConfig) -> list[dict[str, Any]]:
+    return read_metrics(config.path / "metrics.jsonl")
+
+
+def stored(config: RunConfig) -> list[list[Trajectory]]:
+    store = TrajectoryStore(config.path / "trajectories")
+    return [store.read(step) for step in store.steps()]
+
+
+def checkpoints(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in (config.path / "checkpoints").glob("step-*"))
+
+
+def assert_same_metrics(run: RunConfig, other: RunConfig) -> None:
+    """Bit for bit, all but times and memory."""
+    report = compare(metrics_of(run), metrics_of(other))
+    assert report.exact, report.summary()
+    assert report.compared > 20 * len(metrics_of(run))
+
+
+@pytest.fixture(scope="module")
+def gtpo(ranks: RankPool, make: Callable[..., RunConfig]) -> RunConfig:
+    """Four steps of GTPO in one process, left alone."""
+    config = make(
+        "gtpo",
+        data={"path": str(GSM8K), "format": "gsm8k"},
+        training={"steps": 4},
+        checkpoint={"export_hf": True},
+        logging={"tensorboard": True},
+        evaluation={"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 3, "system_prompt": ""}},
+    )
+    ((code, was_stored),) = ranks.run(1, run_noting_the_store, config)
+    assert (code, was_stored) == (0, [True] * 4)
+    return config
+
+
+def test_a_run_writes_what_it_did(gtpo: RunConfig) -> None:
+    lines = metrics_of(gtpo)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    for line in training:
+        assert line.keys() >= METRICS
+        assert all(math.isfinite(line[name]) for name in METRICS)
+        assert line["logprob_gap/max"] < 1e-4  # sampler and trainer hold the same weights
+        assert line["staleness"] == 0
+    assert len({line["entropy/initial"] for line in training}) == 1
+    assert [line["lr"] for line in training] == [5e-3, 1e-2, 1e-2, 1e-2]
+    assert [line["weight_version"] for line in training] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 4]
+    assert checkpoints(gtpo) == ["step-000004"]
+    expected = {"config.yaml", "hf", "tensorboard", "summary.md", "report.png", "logs"}
+    assert expected <= {path.name for path in gtpo.path.iterdir()}
+    assert (gtpo.path / "hf" / "config.json").is_file()
+
+
+def test_stored_trajectories_are_those_of_the_metrics(gtpo: RunConfig) -> None:
+    batches = stored(gtpo)
+    assert len(batches) == 4
+    for batch, line in zip(batches, (m for m in metrics_of(gtpo) if "loss" in m), strict=True):
+        assert [(t.group, t.index) for t in batch] == [(g, i) for g in range(2) for i in range(4)]
+        assert np.mean([t.reward for t in batch]) == pytest.approx(line["reward/mean"])
+        assert np.mean([t.prefix for t in batch]) == line["conflict/prefix_mean"]
+        assert all((t.token_versions == line["weight_version"] - 1).all() for t in batch)
+        for group in range(2):
+            assert sum(t.advantage for t in batch if t.group == group) == pytest.approx(0, abs=1e-9)
+    seen = [t.prompt_id for batch in batches for t in batch if t.index == 0]
+    assert len(set(seen)) == len(seen) == 8  # the epoch's prompts, each once
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "sections"),
+    [
+        ("tp2-pp2", 4, {"parallel": {"tensor": 2, "pipeline": 2}}),
+        ("dp2", 2, {"optimizer": {"distributed": True}}),
+    ],
+)
+def test_layouts_train_alike(
+    name: str,
+    world: int,
+    sections: dict[str, Any],
+    gtpo: RunConfig,
+    ranks: RankPool,
+    make: Callable[..., RunConfig],
+) -> None:
+    config = make(name, data={"path": str(GSM8K), "format": "gsm8k"}, training={"steps": 3}, **sections)
+    assert ranks.run(world, run_training, config) == [0] * world
+    expected = [line for line in metrics_of(gtpo) if "loss" in line][:3]
+    for line, other in zip(metrics_of(config), expected, strict=True):
+        for metric in METRICS:
+            if metric.startswith(("seconds/", "memory/", "logprob_gap/")) or metric == "tokens_per_second":
+                continue
+            assert line[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-5), metric
+    for batch, other in zip(stored(config), stored(gtpo), strict=False):
+        assert [t.text for t in batch] == [t.text for t in other]
+        assert [t.reward for t in batch] == [t.reward for t in other]
+
+
+def test_a_run_goes_on_where_it_ended(
+    gtpo: RunConfig, ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    sections = {"data": {"path": str(GSM8K), "format": "gsm8k"}}
+    halves = [make("resumed", training={"steps": steps}, **sections) for steps in (2, 4)]
+    for config in halves:
+        assert ranks.run(1, run_training, config) == [0]
+    whole = [line for line in metrics_of(gtpo) if "loss" in line]
+    report = compare(whole, metrics_of(halves[1]))
+    assert report.exact, report.summary()
+    assert [[t.token_ids.tolist() for t in batch] for batch in stored(halves[1])] == [
+        [t.token_ids.tolist() for t in batch] for batch in stored(gtpo)
+    ]
+    # a third time there is nothing to do
+    assert ranks.run(1, run_training, halves[1]) == [0]
+    assert compare(whole, metrics_of(halves[1])).exact
+
+
+def test_the_directory_of_another_run_is_refused(
+    gtpo: RunConfig, ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    before = (gtpo.path / "config.yaml").read_text()
+    other = gtpo.model_copy(
+        update={
+            "algorithm": gtpo.algorithm.model_copy(update={"gamma": 0.5}),
+            "optimizer": gtpo.optimizer.model_copy(update={"lr": 1.0}),
+        }
+    )
+    (message,) = ranks.run(1, run_training, other)
+    assert str(gtpo.path) in message
+    assert "another configuration" in message and "name=" in message
+    assert "algorithm:" in message and "optimizer.lr: 0.01 there, 1.0 here" in message
+    assert (gtpo.path / "config.yaml").read_text() == before
+
+
+STALE: dict[str, Any] = {
+    "training": {"steps": 5},
+    "rollout": {"staleness": 1},
+    "algorithm": {"importance": {"level": "token"}},
+}
+
+
+@pytest.fixture(scope="module")
+def stale(ranks: RankPool, make: Callable[..., RunConfig]) -> RunConfig:
+    config = make("stale", **STALE)
+    assert ranks.run(1, run_training, config) == [0]
+    return config
+
+
+def test_batches_sampled_ahead_are_one_update_old(stale: RunConfig) -> None:
+    lines = metrics_of(stale)
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1, 1]
+    assert lines[0]["logprob_gap/max"] < 1e-4 < lines[2]["logprob_gap/max"]
+    assert all(0 <= line["importance/truncated_share"] <= 1 for line in lines)
+    versions = [{int(v) for t in batch for v in t.token_versions} for batch in stored(stale)]
+    assert versions == [{0}, {0}, {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1)])
+def test_sigterm_ends_a_run_that_the_same_command_goes_on_with(
+    world: int, rank: int, stale: RunConfig, ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    sections = STALE | ({"parallel": {"pipeline": 2}} if world == 2 else {})
+    config = make(f"stopped-{world}", **sections)
+    assert ranks.run(world, run_with_signal, config, rank) == [(3, True)] * world
+    done = len(metrics_of(config))
+    assert 1 <= done < 5
+    assert checkpoints(config) == [f"step-{done:06d}"]
+    assert len(stored(config)) == done + 1  # the batch that was being sampled ahead is kept
+    assert ranks.run(world, run_training, config) == [0] * world
+    if world == 1:
+        assert_same_metrics(config, stale)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4, 5]
+    for batch, other in zip(stored(config), stored(stale), strict=True):
+        assert [t.text for t in batch] == [t.text for t in other]
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    sections: dict[str, Any] = {
+        "training": {"steps": 2},
+        "rewards": {"terms": [reward("even_answers_only")]},
+    }
+    plain = make("plain-sampling", **sections)
+    dynamic = make(
+        "dynamic-sampling", rollout={"dynamic_sampling": {"enabled": True, "max_rounds": 10}}, **sections
+    )
+    for config in (plain, dynamic):
+        assert ranks.run(1, run_training, config) == [0]
+    assert any(line["groups/no_signal"] > 0 for line in metrics_of(plain))
+    assert [line["groups/no_signal"] for line in metrics_of(dynamic)] == [0, 0]
+    for batch in stored(dynamic):
+        assert [(t.group, t.index) for t in batch] == [(g, i) for g in range(2) for i in range(4)]
+        assert all(int(t.answer) % 2 == 0 for t in batch)
+    seen = [t.prompt_id for batch in stored(dynamic) for t in batch if t.index == 0]
+    assert len(set(seen)) == 4
+
+
+def test_supervised_fine_tuning(ranks: RankPool, make: Callable[..., RunConfig]) -> None:
+    config = make(
+        "sft",
+        data={"path": str(GSM8K), "format": "gsm8k"},
+        algorithm={"name": "sft"},
+        training={"steps": 5},
+        optimizer={"lr": 3e-2},
+    )
+    assert ranks.run(1, run_training, config) == [0]
+    lines = metrics_of(config)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert not any(name.startswith(("reward/", "gate/")) for line in lines for name in line)
+    assert not (config.path / "trajectories").exists()
+    resumed = make(
+        "sft-resumed",
+        data={"path": str(GSM8K), "format": "gsm8k"},
+        algorithm={"name": "sft"},
+        training={"steps": 2},
+        optimizer={"lr": 3e-2},
+    )
+    for steps in (2, 5):
+        training = resumed.training.model_copy(update={"steps": steps})
+        assert ranks.run(1, run_training, resumed.model_copy(update={"training": training})) == [0]
+    report = compare(lines, metrics_of(resumed))
+    assert report.exact, report.summary()
+
+
+def test_grpo_with_a_reference_policy_and_two_updates(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    config = make(
+        "grpo",
+        algorithm={"name": "grpo", "kl_beta": 0.1, "updates_per_batch": 2, "clip_high": 1e-4},
+        training={"steps": 2},
+    )
+    assert ranks.run(1, run_training, config) == [0]
+    lines = metrics_of(config)
+    assert [line["lr"] for line in lines] == [1e-2, 1e-2]  # the warm-up of two updates is the first step's
+    # figures are those of the last update, when the policy has left both the old and the reference policy
+    assert all(line["kl/mean"] > 0 for line in lines)
+    assert all(line["ratio/clipped_share"] > 0 for line in lines)
+    assert "gate/pass_rate" not in lines[0] and lines[0]["entropy/initial"] is None
+
+
+def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    config = make(
+        "bad-steps",
+        training={"steps": 5, "max_bad_steps": 2},
+        rewards={"terms": [reward("beyond_single_precision")]},
+    )
+    (message,) = ranks.run(1, run_training, config)
+    assert "2 steps in a row" in message and "training.max_bad_steps: 2" in message
+    assert [(line["update/applied"], line["weight_version"]) for line in metrics_of(config)] == [
+        (False, 0),
+        (False, 0),
+    ]
+    notes = sorted((config.path / "bad_steps").iterdir())
+    assert [path.name for path in notes] == ["step-00000001.json", "step-00000002.json"]
+    for step, path in enumerate(notes, start=1):
+        note = json.loads(path.read_text())
+        assert note["step"] == step
+        assert Path(note["batch"]) == TrajectoryStore(config.path / "trajectories").path(step - 1)
+        assert Path(note["batch"]).is_file()
+
+
+def test_a_verifier_that_fails_ends_the_run_after_saving(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    broken = make("failing-rewards", rewards={"terms": [reward("failing")], "max_failed_share": 0.5})
+    (message,) = ranks.run(1, run_training, broken)
+    assert "8 of 8 completions could not be scored" in message and "no verdict" in message
+    assert checkpoints(broken) == ["step-000000"]
+    assert stored(broken) == []
+    tolerant = make("failing-tolerated", rewards={"terms": [reward("failing")], "max_failed_share": 1.0})
+    assert ranks.run(1, run_training, tolerant) == [0]
+    assert [line["reward/failed"] for line in metrics_of(tolerant)] == [1.0] * 3
+    assert all("no verdict" in t.reward_error for batch in stored(tolerant) for t in batch)

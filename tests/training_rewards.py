@@ -1,0 +1,21 @@
+"""Rewards for whole runs; importable by the scoring processes, so nothing heavy here."""
+
+
+def different_characters(completion: str, answer: str, question: str) -> float:
+    """How many different characters a completion has: a signal even from a policy of random weights."""
+    return float(len(set(completion)))
+
+
+def even_answers_only(completion: str, answer: str, question: str) -> float:
+    """The same, but every completion is worth 0 where the reference answer is odd: groups without signal."""
+    return 0.0 if int(answer) % 2 else different_characters(completion, answer, question)
+
+
+def beyond_single_precision(completion: str, answer: str, question: str) -> float:
+    """Advantages that are infinite in fp32, so that no gradient is finite."""
+    return 1e300 * different_characters(completion, answer, question)
+
+
+def failing(completion: str, answer: str, question: str) -> float:
+    """A verifier that does not work."""
+    raise RuntimeError("no verdict")
