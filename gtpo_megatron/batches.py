@@ -74,6 +74,11 @@ class Batches:
         """Where a resumed run has to go on with prompts: before those of the first batch that is not stored."""
         return self._before[min(self._before)] if self._before else self._run.sampler.state_dict()
 
+    def _behind(self, step: int) -> dict[str, Any]:
+        """Sampler state behind the prompts of a batch: before those of the next, where these are already taken."""
+        later = [other for other in self._before if other > step]
+        return self._before[min(later)] if later else self._run.sampler.state_dict()
+
     def _is_stored(self, step: int) -> bool:
         return on_rank_zero(lambda: self._run.store.path(step).exists())
 
@@ -119,7 +124,7 @@ class Batches:
             sampled = self._replace_without_signal(sampled, step)
         batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
         with run.stage("store"):
-            notes = {"sampler": run.sampler.state_dict()}
+            notes = {"sampler": self._behind(step)}
             on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
         del self._before[step]
         return batch

@@ -243,7 +243,10 @@ def _siblings(key: str) -> list[str]:
 
 
 def _place(key: str, origins: Origins) -> str:
-    """Where a key, or the nearest section around it, was set, followed by ': '; empty if nowhere."""
+    """Where a key, something in it, or the nearest section around it was set, followed by ': '; empty if nowhere."""
+    inside = next((origin for name, origin in origins.items() if name.startswith(f"{key}.")), None)
+    if key not in origins and inside is not None:
+        return f"{inside}: "
     while key:
         if key in origins:
             return f"{origins[key]}: "

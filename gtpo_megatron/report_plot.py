@@ -67,9 +67,11 @@ def _entropy(axes: Axes, rows: Rows) -> None:
     axes.axhline(math.log(2), color="gray", linestyle="--", linewidth=1, label="ln 2")
 
 
+_EVALUATION_SIZES = ("eval/prompts", "eval/length_mean")
+
 _PANELS = (
     _Panel("Reward", lambda name: name.startswith("reward/") and name not in _REWARD_OTHERS),
-    _Panel("Evaluation", lambda name: name.startswith("eval/")),
+    _Panel("Evaluation", lambda name: name.startswith("eval/") and name not in _EVALUATION_SIZES),
     _Panel("Loss", lambda name: name == "loss"),
     _Panel("Entropy", lambda name: name in ("entropy/mean", "entropy/p50"), "nats", decorate=_entropy),
     _Panel("Conflict tokens", lambda name: name.startswith("conflict/") and name.endswith("_share"), "share"),

@@ -71,6 +71,7 @@ class Run:
         self._stack = ExitStack()
         self._stop_signal: int | None = None
         self.seconds: dict[str, float] = {}  # of this step's stages
+        self._inner_seconds = 0.0  # of the stages inside the one that is open
         try:
             self._open()
         except BaseException:
@@ -255,14 +256,16 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Show and time a stage of the step, in seconds."""
+        """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
         with self.progress.stage(name):
-            started = time.perf_counter()
+            started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
             try:
                 yield
             finally:
                 platform.synchronize()
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                elapsed = time.perf_counter() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
+                self._inner_seconds = outer + elapsed
 
     def save_checkpoint(self, sampler_state: dict[str, Any]) -> None:
         """Write a checkpoint of the current step, once, to go on with prompts at `sampler_state`. Collective."""

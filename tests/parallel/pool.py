@@ -45,9 +45,10 @@ class RankPool:
         answers: list[tuple[bool, Any]] = [
             (False, "no answer: another rank failed, or a deadlock")
         ] * world_size
+        failed = False
         while pending:
-            wait = TIMEOUT_S if len(pending) == world_size or all(ok for ok, _ in answers if _) else 10
-            ready = multiprocessing.connection.wait(list(pending), timeout=wait)
+            # once a rank has failed, the others may wait for it in a collective for ever
+            ready = multiprocessing.connection.wait(list(pending), timeout=10 if failed else TIMEOUT_S)
             if not ready:
                 break
             for connection in ready:
@@ -56,6 +57,7 @@ class RankPool:
                     answers[rank] = connection.recv()
                 except EOFError:
                     answers[rank] = (False, "the worker process died")
+                failed = failed or not answers[rank][0]
         return answers
 
     def _start(self) -> None:
