@@ -48,14 +48,15 @@ def train(config: RunConfig) -> int:
             run.seconds.clear()
             with saved_before_giving_up(run, batches):
                 trajectories = batches.next()
+            staleness = run.version - min(int(t.token_versions.min()) for t in trajectories)
             passed, update = train_on(run, trajectories)
-            run.step, run.version = run.step + 1, run.version + update.applied
+            run.step += 1
             with saved_before_giving_up(run, batches):
                 try:
                     with run.stage("weights"):
                         run.publish_weights()
                 finally:  # a checkpoint never stands ahead of the metrics
-                    record(run, trajectories, passed, update)
+                    record(run, trajectories, passed, update, staleness)
             stop_after_bad_steps(run, update)
             if run.step == config.training.steps or _due(run.step, config.evaluation.every):
                 with saved_before_giving_up(run, batches):
@@ -90,7 +91,10 @@ def save(run: Run, batches: Batches) -> None:
 
 
 def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
-    """The update(s) of one batch. GTPO on policy: one forward and one backward pass, nothing else."""
+    """The update(s) of one batch, each a new weight version; one that cannot be applied ends them.
+
+    GTPO on policy: one forward and one backward pass, nothing else.
+    """
     config, algorithm = run.config, run.config.algorithm
     temperature = config.rollout.temperature if algorithm.name != "sft" else 1.0
     count = len(trajectories)
@@ -108,6 +112,9 @@ def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, 
         for _ in range(algorithm.updates_per_batch):
             passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
             update = apply_update(run.optimizer, run.policy, passed.loss)
+            run.version += update.applied
+            if not update.applied:
+                break
     return passed, update
 
 
@@ -123,8 +130,10 @@ def with_old_logprobs(run: Run, micro_batches: list[MicroBatch], temperature: fl
     return micro_batches
 
 
-def record(run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update) -> None:
-    """Write the step's metrics."""
+def record(
+    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, staleness: int
+) -> None:
+    """Write the step's metrics. `staleness`: how many updates older the oldest token's weights were."""
     if not run.main:
         return
     tokens = sum(t.length for t in trajectories)
@@ -134,9 +143,7 @@ def record(run: Run, trajectories: Sequence[Trajectory], passed: PassResult, upd
         metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
         metrics["entropy/initial"] = run.initial_entropy
         metrics |= run.mismatch or {}
-        metrics["staleness"] = (
-            run.version - update.applied - min(int(t.token_versions.min()) for t in trajectories)
-        )
+        metrics["staleness"] = staleness
     seconds = sum(run.seconds.values())
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
     metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds

@@ -30,9 +30,7 @@ class Optimizer:
 class Update:
     """What an update did."""
 
-    applied: (
-        bool  # False: the loss or a gradient was not finite; parameters and optimizer state are as before
-    )
+    applied: bool  # False: loss or gradients were not finite; parameters and optimizer state are as before
     grad_norm: float  # before clipping
     learning_rate: float
 

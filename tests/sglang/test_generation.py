@@ -52,7 +52,8 @@ def test_both_servers_share_the_work(
     list(engine.generate(requests(6), SamplingParams(4, 16)))
     after = [process.log.read_text().count("POST /generate") for process in servers.processes]
     assert sum(after) - sum(before) == 24
-    assert min(b - a for a, b in zip(before, after, strict=True)) > 4
+    # each takes as many as it may have in flight; who answers the rest is a matter of speed
+    assert min(b - a for a, b in zip(before, after, strict=True)) >= 4
 
 
 def test_leaving_early_or_abort_all_ends_the_rest_on_the_servers(
