@@ -248,6 +248,7 @@ def work_ours(method: Method, groups: list[Group], directory: Path, turns: int) 
         reference=reference,
         optimizer=build_optimizer(config.optimizer, policy, turns),
         initial_entropy=None,
+        version=0,
         stage=lambda name: nullcontext(),
     )
     clock.count(*policy.chunks, *(reference.chunks if reference else ()))

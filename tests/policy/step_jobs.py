@@ -54,6 +54,7 @@ def start(
         ),
         stage=lambda name: nullcontext(),
         initial_entropy=None,
+        version=0,
         policy=policy,
         reference=build(reference, trained=False) if reference else None,
         # with a large epsilon the update is smooth in the gradient, as a comparison of micro-batches needs
