@@ -11,8 +11,6 @@ Prints one line a case and writes benchmarks/results/conflicts.json. Takes about
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common.machine import describe_machine
 from torch import Tensor
 
 from gtpo_megatron.algorithm import conflict_runs
@@ -118,22 +117,6 @@ def measured(case: Case) -> dict[str, float]:
     return asdict(case) | json.loads(answer.stdout)
 
 
-def machine() -> dict[str, object]:
-    """What the figures depend on."""
-    names = [
-        line
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def describe(result: dict[str, float]) -> str:
     """One line of a table."""
     return (
@@ -166,7 +149,7 @@ def main() -> None:
             print(f"  {describe(result)}")
     RESULTS.parent.mkdir(exist_ok=True)
     report = {
-        "machine": machine(),
+        "machine": describe_machine() | {"threads": 1},
         "ratio": round(ratio),
         "peer": peer,
         "ours": ours,

@@ -19,8 +19,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from common.machine import describe_machine
 from torch import Tensor
 
 from gtpo_megatron.policy.head import token_statistics
@@ -188,7 +187,7 @@ def run_cpu(cases: list[Case]) -> dict[str, object]:
         print("trl: not installed")
     print("liger-kernel, cut-cross-entropy: Triton only, no entropy: not measured")
     versions = {"trl": importlib.metadata.version("trl")} if "trl" in peers else {"trl": "not installed"}
-    return {"machine": _machine() | versions, "cases": rows}
+    return {"machine": describe_machine() | versions, "cases": rows}
 
 
 def run_cuda() -> dict[str, object]:
@@ -250,7 +249,7 @@ def run_cuda() -> dict[str, object]:
             f"{name}: forward {result['cublas_fraction_forward']:.0%}, backward {result['cublas_fraction_backward']:.0%} "
             f"of cuBLAS's speed; {result['extra_mib']:.0f} MiB extra, the gradient of the hidden states included"
         )
-    machine = _machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    machine = describe_machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {"machine": machine, "case": asdict(case), "cublas_s": cublas, "head": results}
 
 
@@ -266,20 +265,6 @@ def _gpu_seconds(function: Callable[[], object], repeats: int) -> float:
         torch.cuda.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
     return statistics.median(seconds)
-
-
-def _machine() -> dict[str, object]:
-    """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    names = [line for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def main() -> None:

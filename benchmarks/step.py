@@ -31,7 +31,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common.machine import describe_machine
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -400,18 +400,10 @@ def loss_difference(found: dict[str, list[dict[str, float]]], ours: str, peer: s
     return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
 
 
-def describe_machine() -> dict[str, object]:
-    """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    names = [line for line in lines if line.startswith("model name")]
+def installed_versions() -> dict[str, str]:
+    """Of the packages compared."""
     installed = [name for name in PACKAGES if name != "trl" or importlib.util.find_spec("trl")]
     return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-    } | {
         name: importlib.metadata.version(name) if name in installed else "not installed" for name in PACKAGES
     }
 
@@ -437,7 +429,7 @@ def main() -> None:
     found = measure(case, names, arguments.turns)
     lengths = [len(c) for group in make_groups(case) for c in group.completions]
     report: dict[str, Any] = {
-        "machine": describe_machine(),
+        "machine": describe_machine() | installed_versions(),
         "case": asdict(case) | {"completion_tokens": sum(lengths), "longest": max(lengths)},
         "turns": arguments.turns,
         "methods": summarise(found),

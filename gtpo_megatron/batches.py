@@ -36,9 +36,8 @@ class Batches:
         self._run = run
         self._rollout = run.config.rollout
         self._ahead: dict[int, Future[list[Trajectory]]] = {}  # this rank's share of later steps' batches
-        self._before: dict[
-            int, dict[str, Any]
-        ] = {}  # sampler state before the prompts of batches not stored yet
+        # sampler state before the prompts of each batch that is not stored yet
+        self._before: dict[int, dict[str, Any]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def __enter__(self) -> Self:
@@ -116,8 +115,7 @@ class Batches:
         run, config = self._run, self._run.config
         started = self._ahead.pop(step, None)
         if started is None:
-            prompts = self._prompts(step)
-            sampled = self._gathered(prompts, step)
+            sampled = self._gathered(self._prompts(step), step, self._keep)
         else:
             sampled = gather(_outcome(started.result))
         if config.rollout.dynamic_sampling.enabled:
@@ -129,8 +127,8 @@ class Batches:
         del self._before[step]
         return batch
 
-    def _gathered(self, prompts: Sequence[GroupPrompt], step: int) -> list[Trajectory]:
-        return gather(_outcome(lambda: self._share(prompts, step, self._keep)))
+    def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
+        return gather(_outcome(lambda: self._share(prompts, step, keep)))
 
     def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
         """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
@@ -141,7 +139,7 @@ class Batches:
                 break
             prompts = self._run.next_prompts(len(silent), step, first_group=unused)
             unused += len(silent)
-            fresh = gather(_outcome(lambda: self._share(prompts, step, None)))  # noqa: B023  (called at once)
+            fresh = self._gathered(prompts, step, keep=None)
             useful = sorted({t.group for t in fresh} - without_signal(fresh))
             dropped = set(silent[: len(useful)])
             log.info("step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent))

@@ -20,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+# after the imports that make megatron.core importable
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,10 +38,6 @@ from gtpo_megatron.policy.collective import on_rank_zero, together
 from gtpo_megatron.policy.hf_assets import copy_assets, weight_map
 from gtpo_megatron.policy.model import Policy, world_rank
 from gtpo_megatron.policy.optimizer import Optimizer
-
-# after the imports that make megatron.core importable
-from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # isort: skip
 
 logger = logging.getLogger(__name__)
 WRITE_ERRORS = (OSError, CheckpointException, CheckpointingException)

@@ -18,6 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -26,16 +33,6 @@ from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint_safety import read_metadata, safe_loading
 from gtpo_megatron.policy.model import Policy, unwrap
 from gtpo_megatron.policy.optimizer import Optimizer
-
-platform.install()
-
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, is_main_replica  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories  # noqa: E402
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
 _OPTIMIZER = "optimizer.state."
 _MAIN_PARAMETERS = f"{_OPTIMIZER}fp32_param."
