@@ -90,7 +90,7 @@ def by_sglang(python: str, url: str, checkpoint: Path, directory: Path) -> float
     command += ["--model", str(checkpoint), "--dataset-name", "random-ids", "--random-range-ratio", "1.0"]
     command += ["--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(OUTPUT_TOKENS)]
     command += ["--num-prompts", str(COMPLETIONS), "--max-concurrency", str(CONCURRENCY), "--disable-stream"]
-    command += ["--return-logprob", "--tokenize-prompt", "--output-file", str(out)]
+    command += ["--temperature", "1", "--return-logprob", "--tokenize-prompt", "--output-file", str(out)]
     environment = {**os.environ, "PYTHONPATH": f"{STUBS}:{directory}", "SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:

@@ -35,7 +35,8 @@ class Batches:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._rollout = run.config.rollout
-        self._ahead: dict[int, Future[list[Trajectory]]] = {}  # this rank's share of later steps' batches
+        # prompts of later steps' batches, and this rank's share of the trajectories
+        self._ahead: dict[int, tuple[list[GroupPrompt], Future[list[Trajectory]]]] = {}
         # sampler state before the prompts of each batch that is not stored yet
         self._before: dict[int, dict[str, Any]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
@@ -60,7 +61,8 @@ class Batches:
                 self._advance_sampler(later)
             elif later not in self._ahead:
                 prompts = self._prompts(later)
-                self._ahead[later] = self._thread.submit(self._share, prompts, later, self._keep)
+                share = self._thread.submit(self._share, prompts, later, self._keep)
+                self._ahead[later] = prompts, share
         return batch
 
     def settle(self) -> None:
@@ -88,7 +90,7 @@ class Batches:
     def _advance_sampler(self, step: int) -> None:
         """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
         behind = on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
-        if behind["position"] > self._run.sampler.state_dict()["position"]:
+        if behind["taken"] > self._run.sampler.state_dict()["taken"]:
             self._run.sampler.load_state_dict(behind)
 
     @property
@@ -107,17 +109,19 @@ class Batches:
         if run.engine is None:
             return []
         own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
-        with run.engine_lock:
+        with run.engine_lock:  # one batch at a time
             return sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
 
     def _finish(self, step: int) -> list[Trajectory]:
         """Sample the step's batch, or wait for it if it was started; replace groups, analyse, store."""
         run, config = self._run, self._run.config
-        started = self._ahead.pop(step, None)
-        if started is None:
-            sampled = self._gathered(self._prompts(step), step, self._keep)
+        if step in self._ahead:
+            prompts, share = self._ahead.pop(step)
+            sampled = gather(_outcome(share.result))
         else:
-            sampled = gather(_outcome(started.result))
+            prompts = self._prompts(step)
+            sampled = self._gathered(prompts, step, self._keep)
+        self._put_back(prompts, sampled, step)
         if config.rollout.dynamic_sampling.enabled:
             sampled = self._replace_without_signal(sampled, step)
         batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
@@ -126,6 +130,18 @@ class Batches:
             on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
         del self._before[step]
         return batch
+
+    def _put_back(self, prompts: Sequence[GroupPrompt], sampled: Sequence[Trajectory], step: int) -> None:
+        """Prompts whose groups oversampling left unfinished go first into the next batch that takes prompts."""
+        finished = {t.group for t in sampled}
+        left = [prompt.index for prompt in prompts if prompt.group not in finished]
+        if not left:
+            return
+        log.info("step %d: %d of %d groups were not finished; put back", step + 1, len(left), len(prompts))
+        self._run.sampler.put_back(left)
+        for later, state in self._before.items():
+            if later > step:
+                state["returned"] += left
 
     def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
         return gather(_outcome(lambda: self._share(prompts, step, keep)))

@@ -147,7 +147,9 @@ class SGLangConfig(Section):
     group_timeout_s: float | None = Field(
         None, gt=0, description="a group not done by then is aborted and recycled"
     )
-    partial: bool = Field(False, description="continue unfinished completions after a weight update")
+    partial: bool = Field(
+        False, description="continue completions after an update, a timeout or the end of their batch"
+    )
     no_server_timeout_s: float = Field(
         600.0, gt=0, description="how long to wait with no server left before saving and stopping"
     )
@@ -178,7 +180,9 @@ class RolloutConfig(Section):
     batch_size: int = Field(128, ge=1, description="embedded engine: completions generated at once")
     staleness: int = Field(0, ge=0, description="how many updates old the sampling weights may be")
     oversample: float = Field(
-        1.0, ge=1, description="sample this many times the prompts and keep the first finished"
+        1.0,
+        ge=1,
+        description="sample this many times the prompts, keep the first finished, put the others back",
     )
     dynamic_sampling: DynamicSampling = Field(
         DynamicSampling(), description="replacement of groups without signal"

@@ -124,6 +124,11 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
                 f"rollout.oversample: {rollout.oversample} needs rollout.engine: sglang; "
                 "the embedded engine finishes its groups together, so there is no long tail to cut"
             )
+        if rollout.staleness > 1:
+            yield (
+                f"rollout.staleness: {rollout.staleness} needs rollout.engine: sglang; the embedded engine samples one "
+                "batch ahead at most, so that a seed fixes the weights of every batch"
+            )
     else:
         if rollout.batch_size != type(rollout).model_fields["batch_size"].default:
             yield (
@@ -145,6 +150,11 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
                 "it needs rollout.staleness, rollout.sglang.group_timeout_s or rollout.oversample"
             )
     off_policy = config.algorithm.importance.level != "off" or config.algorithm.old_logprobs == "sampler"
+    if server.partial and rollout.oversample > 1 and not off_policy:
+        yield (
+            "rollout.sglang.partial: true with rollout.oversample trains on tokens of older weights: set "
+            "algorithm.importance.level: token (or sequence), or algorithm.old_logprobs: sampler"
+        )
     if sampled and rollout.staleness and not off_policy:
         yield (
             f"rollout.staleness: {rollout.staleness} trains on completions of older weights: set "

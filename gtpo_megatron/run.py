@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,7 +195,8 @@ class Run:
         error: UserError | None = None
         if self.engine is not None:
             try:
-                with self.engine_lock:  # a batch sampled ahead is finished with the weights it began with
+                # A batch sampled ahead is finished with the weights it began with, where it cannot go on with others.
+                with nullcontext() if self.engine.updates_in_flight else self.engine_lock:
                     action(weights)
             except UserError as caught:
                 error = caught
@@ -209,7 +210,8 @@ class Run:
 
         config = self.config
         fixed = [
-            GroupPrompt(i, prompt, 0) for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
+            GroupPrompt(i, prompt, 0, i)
+            for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
         ]
         sequences = solutions(fixed, self.tokenizer, self.step)
         budget = config.training.micro_batch_tokens
@@ -220,7 +222,7 @@ class Run:
         def compare() -> dict[str, float]:
             if self.engine is None:
                 return {}
-            with self.engine_lock:
+            with nullcontext() if self.engine.updates_in_flight else self.engine_lock:
                 scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
             worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
             return worst.metrics()
@@ -249,7 +251,7 @@ class Run:
         """The next prompts of the sampler, with their places in the batch and seeds."""
         return [
             GroupPrompt(
-                group, self.prompts.prompts[index], group_seed(self.config.training.seed, step, group)
+                group, self.prompts.prompts[index], group_seed(self.config.training.seed, step, group), index
             )
             for group, index in enumerate(self.sampler.next(count), start=first_group)
         ]

@@ -101,7 +101,7 @@ def test_algorithm_and_head_need_torch_alone() -> None:
 
 
 def test_only_rollout_sglang_speaks_http() -> None:
-    assert importers("httpx") == {"rollout/sglang/client.py"}
+    assert importers("aiohttp") == {"rollout/sglang/client.py"}
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
@@ -110,7 +110,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
 
 def test_train_is_the_algorithm_alone() -> None:
     libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
-    assert libraries.isdisjoint({"megatron", "torch", "transformers", "httpx"})
+    assert libraries.isdisjoint({"megatron", "torch", "transformers", "aiohttp"})
 
 
 def test_one_module_knows_cuda() -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from gtpo_megatron.data.prompts import Prompt
 from gtpo_megatron.data.sampler import PromptSampler
@@ -164,6 +165,57 @@ def test_an_error_of_sampling_ahead_reaches_its_step_and_loses_no_prompt(
     ((_, message, state, behind_first),) = ranks.run(1, failing_ahead, tmp_path)
     assert message == "no server left"
     assert state == behind_first
+
+
+def oversampled(directory: Path, staleness: int, restart_at: int | None) -> list[list[str]]:
+    """The prompts of six batches of the two of three groups that finish first: the second and the third."""
+    from gtpo_megatron.batches import Batches
+
+    run = light_run(directory, LateEngine(), oversample=1.5, staleness=staleness)
+    taken = []
+    with Batches(run) as batches:
+        for run.step in range(6 if restart_at is None else restart_at):
+            taken.append(ids_of(batches.next()))
+        state = batches.sampler_state
+    if restart_at is not None:
+        run = light_run(directory, LateEngine(), restart_at, oversample=1.5, staleness=staleness)
+        run.sampler.load_state_dict(state)
+        with Batches(run) as batches:
+            for run.step in range(restart_at, 6):
+                taken.append(ids_of(batches.next()))
+    return taken
+
+
+class LateEngine(Engine):
+    """Finishes a prompt last that it has not seen before, the first of them the very last."""
+
+    on_every_rank = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        late = [r for r in requests if r.prompt_ids not in self.seen]
+        self.seen |= {r.prompt_ids for r in requests}
+        return super().generate([r for r in requests if r not in late] + late[::-1], params)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_prompts_that_oversampling_left_unfinished_come_again(
+    ranks: RankPool, tmp_path: Path, staleness: int
+) -> None:
+    (taken,) = ranks.run(1, oversampled, tmp_path / "whole", staleness, None)
+    everything = [prompt for batch in taken for prompt in batch]
+    assert len(set(everything)) == len(everything) == 12
+    order = PromptSampler(PROMPTS, 0, True).next(13)
+    # all but the one that was put back last, and with more batches under way the two before it
+    assert len({f"row-{i}" for i in order} - set(everything)) <= 1 + 2 * staleness
+    for restart_at in (1, 3):
+        directory = tmp_path / f"restart-{restart_at}"
+        (again,) = ranks.run(1, oversampled, directory, staleness, restart_at)
+        everything = [prompt for batch in again for prompt in batch]
+        assert len(set(everything)) == len(everything) == 12
 
 
 def replaced(directory: Path, rounds: int) -> tuple[list[Any], int]:

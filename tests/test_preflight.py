@@ -211,6 +211,11 @@ def test_fp8_wants_multiples_of_16(build: Callable[..., RunConfig]) -> None:
             "rollout.sglang.servers: 2 has no effect with rollout.engine: embedded",
         ),
         ({"rollout": {"staleness": 1}}, "rollout.staleness: 1 trains on completions of older weights"),
+        ({"rollout": {"staleness": 2}}, "rollout.staleness: 2 needs rollout.engine: sglang"),
+        (
+            {"rollout": {"engine": "sglang", "oversample": 1.5, "sglang": {"partial": True}}},
+            "rollout.sglang.partial: true with rollout.oversample trains on tokens of older weights",
+        ),
         ({"rollout": {"oversample": 1.5}}, "rollout.oversample: 1.5 needs rollout.engine: sglang"),
         (
             {"rollout": {"engine": "sglang", "batch_size": 8}},

@@ -41,6 +41,7 @@ METRICS = {
     "response/length_mean",
     "response/length_max",
     "response/truncated",
+    "response/continued",
     "conflict/prefix_mean",
     "conflict/suffix_mean",
     "conflict/protected_share",

@@ -1,5 +1,6 @@
-"""The order of prompts: seeded epochs, and a position that can be saved and restored exactly."""
+"""The order of prompts: seeded epochs, prompts that come back unused, and a state that can be saved and restored exactly."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ class PromptSampler:
         self._fingerprint = fingerprint
         self._seed = seed
         self._shuffle = shuffle
-        self._position = 0  # prompts handed out so far, over all epochs
+        self._position = 0  # prompts of the epochs handed out so far
+        self._returned: list[int] = []  # handed out, and put back
+        self._taken = 0  # handed out so far, those that were put back counting again
         self._order_epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -35,22 +38,30 @@ class PromptSampler:
         return self._position // self._num_prompts
 
     def next(self, n: int) -> list[int]:
-        """The next n indices; a batch may reach into the next epoch, and so may hold an index twice."""
-        indices = []
-        for position in range(self._position, self._position + n):
+        """The next n indices, those put back first; a batch may reach into the next epoch, and so may hold an index twice."""
+        indices, self._returned = self._returned[:n], self._returned[n:]
+        fresh = n - len(indices)
+        for position in range(self._position, self._position + fresh):
             epoch, offset = divmod(position, self._num_prompts)
             indices.append(int(self._epoch_order(epoch)[offset]))
-        self._position += n
+        self._position += fresh
+        self._taken += n
         return indices
 
+    def put_back(self, indices: Sequence[int]) -> None:
+        """Take back indices that were not used; they are handed out again before all others."""
+        self._returned += indices
+
     def state_dict(self) -> dict[str, Any]:
-        """The position and all that fixes the order; JSON-able."""
+        """The position and all that fixes the order; JSON-able. `taken` grows with every index handed out."""
         return {
             "num_prompts": self._num_prompts,
             "fingerprint": self._fingerprint,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "position": self._position,
+            "returned": list(self._returned),
+            "taken": self._taken,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,6 +78,7 @@ class PromptSampler:
                 "and tokenizer as before, or start a new run"
             )
         self._seed, self._shuffle, self._position = state["seed"], state["shuffle"], state["position"]
+        self._returned, self._taken = list(state["returned"]), state["taken"]
         self._order_epoch = -1
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

@@ -41,7 +41,7 @@ def evaluate_prompts(
     )
     # other seeds than training has
     seed = config.training.seed + 1
-    places = [GroupPrompt(g, prompt, group_seed(seed, step, g)) for g, prompt in enumerate(prompts)]
+    places = [GroupPrompt(g, prompt, group_seed(seed, step, g), g) for g, prompt in enumerate(prompts)]
     if engine is None:
         return gather([])
     own = places[world_rank() :: dist.get_world_size()] if engine.on_every_rank else places

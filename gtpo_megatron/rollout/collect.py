@@ -23,6 +23,7 @@ class GroupPrompt:
     group: int
     prompt: Prompt
     seed: int
+    index: int  # of the prompt in its set
 
 
 def group_seed(run_seed: int, step: int, group: int) -> int:

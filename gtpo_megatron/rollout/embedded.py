@@ -59,6 +59,7 @@ class EmbeddedEngine:
     """A RolloutEngine on this rank's device. Every rank holds one and samples its share of the prompts."""
 
     on_every_rank = True
+    updates_in_flight = False
 
     def __init__(
         self, model_path: str, dtype: torch.dtype, device: torch.device, batch_size: int, pad_id: int

@@ -57,10 +57,12 @@ class RolloutEngine(Protocol):
     """Samples completions with weights that it is given.
 
     `on_every_rank` says who calls it: with True every rank holds an engine and gives it a share of the prompts; with
-    False only rank 0 does. `update_weights` is fed on the ranks that call it.
+    False only rank 0 does. `update_weights` is fed on the ranks that call it. `updates_in_flight` says whether
+    `update_weights` may come while a `generate` is under way, whose completions then go on with the new weights.
     """
 
     on_every_rank: bool
+    updates_in_flight: bool
     version: int  # version of the weights it samples with
 
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
@@ -68,7 +70,11 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
-        """Yield each group as it is finished, in any order; every request is answered exactly once."""
+        """Yield each group as it is finished, in any order; every request is answered exactly once.
+
+        The caller may close the iterator early. An engine may keep what it has of the groups that were not finished, for
+        a later request of the same prompt.
+        """
         ...
 
     def abort_all(self) -> None:

@@ -13,7 +13,8 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
     Lengths are in tokens. `conflict/protected_share` and `conflict/amplified_share` are shares of all generated tokens:
     those in conflict in completions of negative advantage (weight 0) and of positive advantage (weight w).
-    `groups/no_signal` is the share of groups whose rewards are all equal.
+    `groups/no_signal` is the share of groups whose rewards are all equal, `response/continued` that of completions
+    sampled with weights of more than one version.
 
     Raises:
         ValueError: there are none.
@@ -37,6 +38,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "response/length_mean": lengths.mean(),
         "response/length_max": lengths.max(),
         "response/truncated": np.mean([t.finish_reason == "length" for t in trajectories]),
+        "response/continued": np.mean([len(np.unique(t.token_versions)) > 1 for t in trajectories]),
         "conflict/prefix_mean": np.mean([t.prefix for t in trajectories]),
         "conflict/suffix_mean": np.mean([t.suffix for t in trajectories]),
         "conflict/protected_share": in_conflict[advantages < 0].sum() / tokens,

@@ -42,6 +42,21 @@ def test_a_saved_position_goes_on_exactly(taken: int) -> None:
     assert restored.next(17) == sampler.next(17)
 
 
+def test_what_is_put_back_comes_first_and_is_saved() -> None:
+    sampler = PromptSampler(8, seed=2, shuffle=True)
+    whole = sampler.next(8)
+    sampler = PromptSampler(8, seed=2, shuffle=True)
+    sampler.next(4)
+    sampler.put_back(whole[1:3])
+    before = json.loads(json.dumps(sampler.state_dict()))
+    expected = [whole[1], whole[2], whole[4], whole[5]]
+    assert [*sampler.next(1), *sampler.next(3)] == expected
+    assert sampler.state_dict()["taken"] == 8
+    restored = PromptSampler(8, seed=2, shuffle=True)
+    restored.load_state_dict(before)
+    assert restored.next(4) == expected
+
+
 @pytest.mark.parametrize(("size", "fingerprint"), [(6, "abc"), (5, "xyz")])
 def test_the_state_of_another_set_is_refused(size: int, fingerprint: str) -> None:
     state = PromptSampler(5, seed=2, shuffle=True, fingerprint="abc").state_dict()

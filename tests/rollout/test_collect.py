@@ -28,7 +28,10 @@ from tests.tiny_models import EOS_ID, tiny_tokenizer
 PARAMS = SamplingParams(n=2, max_new_tokens=8)
 PROMPTS = [
     GroupPrompt(
-        group, Prompt(f"row-{group}", f"question {group}", str(group), None, (3, 4 + group)), 100 + group
+        group,
+        Prompt(f"row-{group}", f"question {group}", str(group), None, (3, 4 + group)),
+        100 + group,
+        group,
     )
     for group in range(4)
 ]
@@ -168,7 +171,7 @@ def test_groups_without_signal() -> None:
 
 def test_solutions(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = Prompt("row", "1 + 1 =", "2", "one and one", (5, 6))
-    (t,) = solutions([GroupPrompt(4, prompt, 0)], tokenizer, 9)
+    (t,) = solutions([GroupPrompt(4, prompt, 0, 0)], tokenizer, 9)
     assert (t.step, t.group, t.index, t.advantage, t.finish_reason) == (9, 4, 0, 1.0, "data")
     assert t.text == "<reasoning>\none and one\n</reasoning>\n<answer>\n2\n</answer>"
     assert t.token_ids[-1] == EOS_ID

@@ -1,6 +1,5 @@
 """Real SGLang servers on this machine, without a GPU: started once, given back alive after whatever a test does to them."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -127,7 +126,6 @@ MakeEngine = Callable[..., SGLangEngine]
 @pytest.fixture
 def make_engine(servers: Servers, tmp_path: Path) -> Iterator[MakeEngine]:
     """Engines on the running servers, or on the URLs given; closed at the end."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     engines: list[SGLangEngine] = []
 
     def make(timing: Timing = IMPATIENT, **config: Any) -> SGLangEngine:

@@ -1,5 +1,6 @@
 """Groups from real servers: exact logprobs, every request answered once, clear refusals."""
 
+import copy
 import itertools
 import time
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import PromptRequest, SamplingParams
-from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, weights_of
+from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
 
 pytestmark = pytest.mark.sglang
 
@@ -79,6 +80,35 @@ def test_leaving_early_or_abort_all_ends_the_rest_on_the_servers(
 def _running(url: str) -> int:
     loads = httpx.get(f"{url}/v1/loads", timeout=30).json()["loads"]
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_groups_left_unfinished_go_on_with_the_next_weights(
+    make_engine: MakeEngine, model: PreTrainedModel
+) -> None:
+    engine = make_engine(partial=True)
+    engine.update_weights(weights_of(model), 0)
+    params = SamplingParams(2, 300, stop_token_ids=(2, 3, 4))  # about a hundred tokens, or any number
+    asked = requests(12)
+    first = engine.generate(asked, params)
+    done = {next(first).request.group for _ in range(3)}
+    first.close()
+    models = [model, copy.deepcopy(model)]
+    perturb(models[1], 1)
+    engine.update_weights(weights_of(models[1]), 1)
+    rest = list(engine.generate([r for r in asked if r.group not in done], params))
+    assert {g.request.group for g in rest} == set(range(12)) - done
+    mixed = 0
+    for completion, request in ((c, g.request) for g in rest for c in g.completions):
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in (2, 3, 4) else "length")
+        versions = completion.token_versions
+        assert (np.diff(versions) >= 0).all()
+        mixed += len(set(versions.tolist())) > 1
+        by_version = [logprobs_of(m, request.prompt_ids, completion.token_ids) for m in models]
+        ours = np.where(versions == 0, *by_version)
+        np.testing.assert_allclose(completion.logprobs, ours, atol=2e-4)
+    assert mixed >= 3
+    again = list(engine.generate(asked, params))  # of what was used nothing is left
+    assert all((c.token_versions == 1).all() for g in again for c in g.completions)
 
 
 def test_refusals_name_the_server_and_its_answer(make_engine: MakeEngine, model: PreTrainedModel) -> None:

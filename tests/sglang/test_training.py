@@ -94,6 +94,62 @@ def test_one_step_off_policy(ranks: RankPool, servers: Servers, tmp_path: Path) 
         assert set(versions.tolist()) == {max(step - 1, 0)}
 
 
+def test_an_update_does_not_wait_for_completions_that_go_on_with_it(
+    ranks: RankPool, servers: Servers, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path,
+        servers.checkpoint,
+        4,
+        rollout={
+            "sglang": {"urls": servers.urls, "partial": True},
+            "staleness": 1,
+            "max_new_tokens": 600,  # seconds, where a step of training takes less than one
+        },
+        training={"steps": 4, "micro_batch_tokens": 4096},
+        algorithm={"importance": {"level": "token", "cap": 2.0}},
+    )
+    assert ranks.run(1, train, config) == [0]
+    rows = read_metrics(config.path / "metrics.jsonl")
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+    assert rows[0]["response/continued"] == 0
+    assert max(row["response/continued"] for row in rows[1:]) > 0
+    store = TrajectoryStore(config.path / "trajectories")
+    for step in range(1, 4):
+        for trajectory in store.read(step):
+            assert set(trajectory.token_versions.tolist()) <= {step - 1, step}
+            assert (np.diff(trajectory.token_versions) >= 0).all()
+
+
+def test_groups_that_oversampling_left_go_on_in_the_next_batch(
+    ranks: RankPool, servers: Servers, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path,
+        servers.checkpoint,
+        4,
+        rollout={
+            # places for two of the four groups: the others begin as completions of these end
+            "sglang": {"urls": servers.urls, "partial": True, "concurrency": 4},
+            "oversample": 2.0,
+            "max_new_tokens": 300,
+        },
+        training={"steps": 4, "micro_batch_tokens": 4096},
+        algorithm={"importance": {"level": "token", "cap": 2.0}},
+    )
+    assert ranks.run(1, train, config) == [0]
+    store = TrajectoryStore(config.path / "trajectories")
+    batches = [store.read(step) for step in range(4)]
+    prompts = [t.prompt_id for batch in batches for t in batch if t.index == 0]
+    assert len(prompts) == len(set(prompts)) == 8
+    for step, batch in enumerate(batches):
+        assert max(t.token_versions.max() for t in batch) <= step
+    log = (config.path / "logs" / "rank-0.log").read_text()
+    assert "step 1: 2 of 4 groups were not finished; put back" in log
+    # what was begun with older weights went on with newer ones
+    assert any(len(set(t.token_versions.tolist())) > 1 for batch in batches for t in batch)
+
+
 @pytest.mark.parametrize("staleness, cut", [(0, "/"), (1, "/begin_weight_update")])
 def test_without_servers_the_run_saves_and_stops_and_goes_on_when_they_are_back(
     ranks: RankPool, servers: Servers, proxy: FaultyProxy, tmp_path: Path, staleness: int, cut: str

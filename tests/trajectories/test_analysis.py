@@ -44,6 +44,7 @@ def test_metrics_of_a_step() -> None:
             "response/length_mean": 10.0,
             "response/length_max": 20.0,
             "response/truncated": 0.25,
+            "response/continued": 0.0,
             "conflict/prefix_mean": 1.5,
             "conflict/suffix_mean": 1.5,
             "conflict/protected_share": 6 / 40,  # the runs of 4 and 5 overlap in 6 tokens

@@ -34,29 +34,60 @@ DEFAULT_TIMING = Timing()
 
 
 @dataclass(eq=False)
-class _Job:
-    """One call of generate: its groups on the way to the caller. None: no more will come."""
+class _Draft:
+    """A completion on its way: the answers so far, each with the weight version that sampled it."""
 
-    out: queue.SimpleQueue[Group | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    task: Future[None] | None = None
+    parts: list[tuple[Sample, int]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    seconds: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for sample, _ in self.parts for token in sample.token_ids.tolist()]
+
+    def finish(self) -> Completion:
+        assert self.finish_reason is not None
+        samples = [sample for sample, _ in self.parts]
+        versions = [np.full(len(sample.token_ids), version, np.int32) for sample, version in self.parts]
+        return Completion(
+            np.concatenate([sample.token_ids for sample in samples]),
+            np.concatenate([sample.logprobs for sample in samples]),
+            np.concatenate(versions),
+            self.finish_reason,
+            self.seconds,
+        )
 
 
 @dataclass(eq=False)
 class _Flight:
-    """The completions of one group that are on a server now, by request id."""
+    """A group under way."""
 
+    drafts: list[_Draft]
     worker: Worker | None = None  # the group's last, preferred for its next: it has the prompt in its cache
+    # what is on a server now, by request id
     requests: dict[str, tuple[Worker, asyncio.Task[Any]]] = field(default_factory=dict)
     timeouts: int = 0
+
+
+@dataclass(eq=False)
+class _Job:
+    """One call of generate: its groups on the way to the caller. None in `out`: no more will come."""
+
+    params: SamplingParams
+    out: queue.SimpleQueue[Group | BaseException | None] = field(default_factory=queue.SimpleQueue)
+    task: Future[None] | None = None
+    flights: dict[PromptRequest, _Flight] = field(default_factory=dict)  # of the groups not handed out yet
+    leaving: bool = False  # the caller has what it wants
 
 
 class SGLangEngine:
     """Samples from SGLang servers, given by URL or started here; see `RolloutEngine` for the contract.
 
     Every completion is one request of its own. A request that fails is sent elsewhere; an answer is used once. With
-    `config.partial` completions that an update (or `group_timeout_s`) interrupts go on from their tokens, each token
-    with the version that sampled it; else they begin anew, so that a completion never mixes versions. Beginning anew
-    makes long completions rarer than the policy makes them; `partial` does not.
+    `config.partial` completions that an update or `group_timeout_s` interrupts, or that the caller leaves unfinished,
+    go on from their tokens (the last when their prompt is next asked for), each token with the version that sampled it;
+    else they begin anew, so that a completion never mixes versions. Beginning anew makes long completions rarer than
+    the policy makes them; `partial` does not.
 
     The constructor starts the servers and returns; the first `update_weights` waits for them.
 
@@ -84,14 +115,16 @@ class SGLangEngine:
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.version = -1
+        self.updates_in_flight = config.partial
         self._config = config
         self._timing = timing
         self._directory = Path(log_dir).absolute()
         self._vocabulary = int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
-        self._run_name = uuid.uuid4().hex[
-            :8
-        ]  # a server left over from another run never has this run's weights
+        # a server left over from another run never has this run's weights
+        self._run_name = uuid.uuid4().hex[:8]
         self._jobs: set[_Job] = set()
+        # groups that were left unfinished; any of the same prompt may go on with one
+        self._kept: dict[tuple[tuple[int, ...], SamplingParams], list[list[_Draft]]] = {}
         self._started = self._closed = False
         launch = None
         if not (config.urls or config.urls_file) or config.router:
@@ -199,7 +232,7 @@ class SGLangEngine:
     # ------------------------------------------------------------------ sampling
 
     def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
-        """Yield each group as it is finished. Leaving the iterator early aborts the rest.
+        """Yield each group as it is finished. Leaving the iterator early aborts the rest, and with `partial` keeps it.
 
         Raises:
             UserError: no weights yet, a token id outside the vocabulary, a request that servers refuse or that failed
@@ -216,9 +249,9 @@ class SGLangEngine:
                     f"prompt of group {request.group}: its token ids must be at least one, and from 0 to "
                     f"{self._vocabulary - 1} (an id outside the vocabulary ends a server)"
                 )
-        job = _Job()
+        job = _Job(params)
         self._jobs.add(job)
-        job.task = self._submit(self._sample_all(job, requests, params))
+        job.task = self._submit(self._sample_all(job, requests))
         return self._groups(job)
 
     def abort_all(self) -> None:
@@ -252,8 +285,12 @@ class SGLangEngine:
             while (item := job.out.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
+                del job.flights[item.request]
                 yield item
+            job.flights.clear()
         finally:
+            if self._config.partial and job in self._jobs:
+                self._run(self._keep_unfinished(job))
             self._end(job)
 
     def _end(self, job: _Job) -> None:
@@ -262,28 +299,53 @@ class SGLangEngine:
             job.task.cancel()
         job.out.put(None)
 
-    async def _sample_all(self, job: _Job, requests: Sequence[PromptRequest], params: SamplingParams) -> None:
+    async def _keep_unfinished(self, job: _Job) -> None:
+        """Take back what is under way with the tokens that it has, for the next group of the same prompt."""
+        job.leaving = True
+        deadline = self._loop.time() + ABORT_GRACE_S
+        while self._loop.time() < deadline:
+            late = [(rid, w) for f in job.flights.values() for rid, (w, _) in f.requests.items()]
+            if not late:
+                break
+            await asyncio.gather(*(self._abort(rid, worker) for rid, worker in late))
+            await asyncio.sleep(0.05)  # again: a request may have reached the server after its abort
+        for request, flight in job.flights.items():
+            if any(draft.parts for draft in flight.drafts):
+                self._kept.setdefault((request.prompt_ids, job.params), []).append(flight.drafts)
+
+    def _drafts(self, request: PromptRequest, params: SamplingParams) -> list[_Draft]:
+        kept = self._kept.get((request.prompt_ids, params))
+        if not kept:
+            return [_Draft() for _ in range(params.n)]
+        drafts = kept.pop(0)
+        if not kept:
+            del self._kept[request.prompt_ids, params]
+        return drafts
+
+    async def _sample_all(self, job: _Job, requests: Sequence[PromptRequest]) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for request in requests:
-                    tasks.create_task(self._sample_group(job, request, params))
+                    tasks.create_task(self._sample_group(job, request))
         except BaseExceptionGroup as group:
             job.out.put(_first(group))
         finally:
             job.out.put(None)
 
-    async def _sample_group(self, job: _Job, request: PromptRequest, params: SamplingParams) -> None:
-        flight = _Flight()
+    async def _sample_group(self, job: _Job, request: PromptRequest) -> None:
+        flight = job.flights[request] = _Flight(self._drafts(request, job.params))
         timer = None
         if self._config.group_timeout_s is not None:
             timer = asyncio.create_task(self._time_out(flight, self._config.group_timeout_s))
         try:
             async with asyncio.TaskGroup() as tasks:
-                parts = [tasks.create_task(self._complete(flight, request, params)) for _ in range(params.n)]
+                for draft in flight.drafts:
+                    tasks.create_task(self._complete(job, flight, draft, request))
         finally:
             if timer is not None:
                 timer.cancel()
-        job.out.put(Group(request, tuple(part.result() for part in parts)))
+        if not job.leaving:
+            job.out.put(Group(request, tuple(draft.finish() for draft in flight.drafts)))
 
     async def _time_out(self, flight: _Flight, limit_s: float) -> None:
         """Abort what of a group is under way when its time is up; it goes on, or begins anew, with twice the time."""
@@ -299,40 +361,50 @@ class SGLangEngine:
                 if rid in flight.requests:
                     task.cancel()  # a server that does not even abort: `Pool.run` turns this into a fault
 
-    async def _complete(self, flight: _Flight, request: PromptRequest, params: SamplingParams) -> Completion:
-        """One completion, over as many requests as faults and interruptions make of it."""
+    async def _complete(self, job: _Job, flight: _Flight, draft: _Draft, request: PromptRequest) -> None:
+        """Finish one completion, over as many requests as faults and interruptions make of it."""
         begun = time.monotonic()
-        parts: list[tuple[Sample, int]] = []
         failures: list[str] = []
-        while True:
-            tokens = [int(token) for sample, _ in parts for token in sample.token_ids]
-            left = params.max_new_tokens - len(tokens)
+        while draft.finish_reason is None and not job.leaving:
+            tokens = draft.token_ids
+            left = job.params.max_new_tokens - len(tokens)
             if left == 0:
-                return _completion(parts, "length", time.monotonic() - begun)
-            worker = await self._pool.acquire(flight.worker, first=bool(parts or failures))
+                draft.finish_reason = "length"
+                break
+            worker = await self._pool.acquire(flight.worker, first=bool(tokens or failures))
+            if job.leaving:
+                self._pool.release(worker)
+                break
             flight.worker = worker
             tag, version, timeouts = self._pool.tag, _number(self._pool.tag), flight.timeouts
             try:
-                sample = await self._request(flight, worker, [*request.prompt_ids, *tokens], params, left)
+                sample = await self._request(flight, worker, [*request.prompt_ids, *tokens], job.params, left)
             except ServerFault as fault:
-                failures.append(str(fault))
-                if len(failures) >= self._timing.attempts:
-                    raise UserError(
-                        f"group {request.group}: a completion failed {len(failures)} times; the last answers:\n"
-                        + "\n".join(failures[-3:])
-                    ) from fault
+                self._count_failure(failures, str(fault), request)
                 continue
             if {*sample.versions, sample.weight_version} != {tag}:
                 self._pool.outdated(worker, sample.weight_version)
                 continue
             if sample.finish_reason != "abort":
-                return _completion(
-                    [*parts, (sample, version)], sample.finish_reason, time.monotonic() - begun
-                )
-            if self._pool.gate_open and self._pool.tag == tag and flight.timeouts == timeouts:
-                failures.append(f"{worker.url} aborted the request unasked")
-            if self._config.partial:
-                parts.append((sample, version))
+                draft.finish_reason = sample.finish_reason
+            elif (
+                self._pool.gate_open
+                and self._pool.tag == tag
+                and flight.timeouts == timeouts
+                and not job.leaving
+            ):
+                self._count_failure(failures, f"{worker.url} aborted the request unasked", request)
+            if draft.finish_reason is not None or (self._config.partial and len(sample.token_ids)):
+                draft.parts.append((sample, version))
+        draft.seconds += time.monotonic() - begun
+
+    def _count_failure(self, failures: list[str], failure: str, request: PromptRequest) -> None:
+        failures.append(failure)
+        if len(failures) >= self._timing.attempts:
+            raise UserError(
+                f"group {request.group}: a completion failed {len(failures)} times; the last answers:\n"
+                + "\n".join(failures[-3:])
+            )
 
     async def _request(
         self, flight: _Flight, worker: Worker, prompt_ids: list[int], params: SamplingParams, left: int
@@ -416,14 +488,3 @@ def _number(tag: str | None) -> int:
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _completion(parts: list[tuple[Sample, int]], finish_reason: FinishReason, seconds: float) -> Completion:
-    samples = [sample for sample, _ in parts]
-    return Completion(
-        np.concatenate([sample.token_ids for sample in samples]),
-        np.concatenate([sample.logprobs for sample in samples]),
-        np.concatenate([np.full(len(sample.token_ids), version, np.int32) for sample, version in parts]),
-        finish_reason,
-        seconds,
-    )

@@ -188,7 +188,7 @@ class Pool:
             return await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self._release(place.result())
+                self.release(place.result())
             raise
 
     async def run(self, worker: Worker, send: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
@@ -216,7 +216,7 @@ class Pool:
             raise
         finally:
             worker.requests.discard(task)
-            self._release(worker)
+            self.release(worker)
         worker.faults = 0
         return answer
 
@@ -241,7 +241,8 @@ class Pool:
         worker.inflight += 1
         return worker
 
-    def _release(self, worker: Worker) -> None:
+    def release(self, worker: Worker) -> None:
+        """Give a place back."""
         worker.inflight -= 1
         self._dispatch()
 
