@@ -125,6 +125,9 @@ class SGLangConfig(Section):
     urls_file: str | None = Field(None, description="file with one URL a line; read again when it changes")
     servers: int = Field(1, ge=1, description="servers to start here when no URLs are given")
     tensor: int = Field(1, ge=1, description="tensor parallelism of each started server")
+    first_gpu: int | None = Field(
+        None, ge=0, description="GPU of the first started server; default: the first that no rank here has"
+    )
     python: str | None = Field(
         None, description="interpreter of SGLang's environment; default: .venv-sglang/bin/python"
     )
@@ -154,6 +157,11 @@ class SGLangConfig(Section):
         600.0, gt=0, description="how long to wait with no server left before saving and stopping"
     )
     args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
+
+    def gpus(self, local_ranks: int) -> range:
+        """The GPUs of the started servers, `tensor` each in turn, on a machine with so many ranks of the trainer."""
+        first = local_ranks if self.first_gpu is None else self.first_gpu
+        return range(first, first + self.servers * self.tensor)
 
 
 class DynamicSampling(Section):

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Machine:
 
     cuda_capability: tuple[int, int] | None  # None: no CUDA
     transformer_engine: bool  # installed whole, its compiled core included
+    gpus: int = 0  # that this process sees
+    local_ranks: int = 1  # of the trainer here
 
 
 def this_machine() -> Machine:
@@ -37,7 +40,10 @@ def this_machine() -> Machine:
     import torch
 
     engine = all(transformer_engine_parts())
-    return Machine(torch.cuda.get_device_capability() if torch.cuda.is_available() else None, engine)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        return Machine(None, engine, local_ranks=ranks)
+    return Machine(torch.cuda.get_device_capability(), engine, torch.cuda.device_count(), ranks)
 
 
 def transformer_engine_parts() -> tuple[bool, bool, bool]:
@@ -64,7 +70,8 @@ def check_run(config: RunConfig, world_size: int, machine: Machine | None = None
     Raises:
         UserError: naming all broken rules at once, each with key, value and rule.
     """
-    problems = list(settings_problems(config))
+    machine = machine or this_machine()
+    problems = [*settings_problems(config), *server_problems(config, machine)]
     problems += _raised(lambda: _check_data_path(config.data, "data"))
     if config.evaluation.data is not None:
         problems += _raised(lambda: _check_data_path(config.evaluation.data, "evaluation.data"))
@@ -77,7 +84,7 @@ def check_run(config: RunConfig, world_size: int, machine: Machine | None = None
     if shape is not None:
         problems += layout_problems(config.parallel, shape, world_size)
         problems += length_problems(config, shape)
-        problems += precision_problems(config, shape, machine or this_machine())
+        problems += precision_problems(config, shape, machine)
         problems += batch_problems(config, world_size)
         problems += checkpoint_problems(Path(config.model.path))
         problems += _raised(lambda: _check_tokenizer(config, shape))
@@ -137,8 +144,10 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
             )
         if server.urls and server.urls_file:
             yield "rollout.sglang.urls and rollout.sglang.urls_file: give one of the two"
-        if (server.urls or server.urls_file) and server.servers != 1:
-            yield f"rollout.sglang.servers: {server.servers}: servers are given by URL, so none is started; drop one of the two"
+        for key in ("servers", "tensor", "first_gpu"):
+            value = getattr(server, key)
+            if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
+                yield f"rollout.sglang.{key}: {value}: servers are given by URL, so none is started; drop one of the two"
         if server.host not in ("127.0.0.1", "localhost", "::1") and server.api_key is None:
             yield (
                 f"rollout.sglang.host: {server.host} is reachable from other machines: "
@@ -173,6 +182,21 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
         yield f"model.fp8: {config.model.fp8} needs model.dtype: bf16, not {config.model.dtype}"
     if config.model.fp8 != "none" and config.model.layers == "local":
         yield f"model.fp8: {config.model.fp8} needs Transformer Engine's layers, not model.layers: local"
+
+
+def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """SGLang servers to be started here for which there are no GPUs."""
+    server = config.rollout.sglang
+    given = server.urls or server.urls_file
+    if config.rollout.engine != "sglang" or given or not machine.gpus:
+        return
+    gpus = server.gpus(machine.local_ranks)
+    if gpus.stop > machine.gpus:
+        yield (
+            f"rollout.sglang: {server.servers} servers of tensor {server.tensor} would take the GPUs {gpus.start} to "
+            f"{gpus.stop - 1}, but this process sees {machine.gpus}: start fewer ranks or servers here, give servers by "
+            "URL, or set rollout.sglang.first_gpu to share GPUs (with --mem-fraction-static in rollout.sglang.args)"
+        )
 
 
 def layout_problems(parallel: ParallelConfig, shape: HFShape, world_size: int) -> Iterator[str]:

@@ -18,6 +18,7 @@ from gtpo_megatron.preflight import (
     layout_problems,
     precision_problems,
     read_shape,
+    server_problems,
     settings_problems,
 )
 from tests.tiny_models import FAMILIES, make_tiny_checkpoint, tiny_tokenizer
@@ -193,6 +194,25 @@ def test_precision_rules(
 
 def test_fp8_on_a_machine_that_has_it(build: Callable[..., RunConfig]) -> None:
     check_run(build(model={"fp8": "hybrid", "dtype": "bf16"}), 1, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("sglang", "problem"),
+    [
+        ({"servers": 2, "tensor": 2}, None),
+        ({"servers": 3, "tensor": 2}, "would take the GPUs 4 to 9, but this process sees 8"),
+        ({"servers": 2, "tensor": 4}, "would take the GPUs 4 to 11, but this process sees 8"),
+        ({"servers": 2, "tensor": 4, "first_gpu": 0}, None),
+        ({"urls": ("http://a:1",)}, None),
+    ],
+)
+def test_servers_started_here_take_gpus_that_no_rank_has(
+    build: Callable[..., RunConfig], sglang: dict[str, Any], problem: str | None
+) -> None:
+    machine = Machine((9, 0), True, gpus=8, local_ranks=4)
+    problems = list(server_problems(build(rollout={"engine": "sglang", "sglang": sglang}), machine))
+    assert [problem in text for text in problems] == ([True] if problem else [])
+    assert not list(server_problems(build(rollout={"engine": "sglang", "sglang": sglang}), CPU))
 
 
 def test_fp8_wants_multiples_of_16(build: Callable[..., RunConfig]) -> None:

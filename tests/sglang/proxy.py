@@ -25,9 +25,7 @@ class FaultyProxy:
 
             def _handle(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                fault = next((f for start, f in proxy.faults.items() if self.path.startswith(start)), None)
-                if fault is not None:
-                    proxy.seen.append(self.path)
+                fault = proxy.fault_of(self.path)
                 if fault == "hang":
                     while proxy.faults:
                         time.sleep(0.05)
@@ -45,6 +43,9 @@ class FaultyProxy:
                         self.command, self.path, content=body, headers={"content-type": "application/json"}
                     )
                 except httpx.HTTPError:
+                    self.close_connection = True
+                    return
+                if proxy.fault_of(self.path) == "cut":  # since the request
                     self.close_connection = True
                     return
                 self._reply(answer.status_code, answer.content)
@@ -67,6 +68,13 @@ class FaultyProxy:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def fault_of(self, path: str) -> Fault | None:
+        """What befalls a request of this path now."""
+        fault = next((fault for start, fault in self.faults.items() if path.startswith(start)), None)
+        if fault is not None:
+            self.seen.append(path)
+        return fault
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -82,20 +82,39 @@ def test_requests_of_a_server_that_fails_are_answered_by_the_other(
     Sampling(engine, groups=3, tokens=12).finish(model)
 
 
-def test_a_network_cut_is_survived_and_the_server_taken_back(
+def test_a_network_cut_of_30_s_is_survived_and_the_server_taken_back(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
 ) -> None:
     engine = make_engine(urls=(proxy.url, servers.urls[1]))
     engine.update_weights(weights_of(model), 0)
+    sampling = Sampling(engine, groups=4, tokens=400)
     proxy.faults = {"/": "cut"}
+    cut = time.monotonic()
+    sampling.finish(model)
     Sampling(engine, groups=4, tokens=12).finish(model)
     until(lambda: engine.status()[proxy.url] == "down")
     perturb(model, 1)
     engine.update_weights(weights_of(model), 1)  # which the cut-off server misses
+    time.sleep(cut + 30 - time.monotonic())
+    assert engine.status() == {proxy.url: "down", servers.urls[1]: "ready"}
     proxy.faults = {}
     until(lambda: engine.status()[proxy.url] == "ready")
     Sampling(engine, groups=6, tokens=12).finish(model)
     engine.verify_weights(weights_of(model))
+
+
+def test_a_network_cut_of_30_s_to_all_servers_is_waited_out(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
+) -> None:
+    engine = make_engine(urls=(proxy.url,))
+    engine.update_weights(weights_of(model), 0)
+    sampling = Sampling(engine, groups=4, tokens=400)
+    proxy.faults = {"/": "cut"}
+    cut = time.monotonic()
+    threading.Timer(30.0, proxy.faults.clear).start()
+    sampling.finish(model)
+    assert time.monotonic() - cut > 30
+    assert "/generate" in proxy.seen
 
 
 def test_a_stopped_server_is_left_and_taken_back(

@@ -13,7 +13,7 @@ import pytest
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang import SGLangEngine, servers
 from gtpo_megatron.rollout.sglang.servers import WATCHDOG, make_launch
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +35,13 @@ def test_a_killed_server_is_restarted_and_all_end_with_the_trainer(
         family = psutil.Process(trainer.pid).children(recursive=True)
         assert any("sglang" in name for name in map(_command, family))
         assert not any("a-secret" in _command(process) for process in family)
-        assert httpx.post(f"{first[3]}/flush_cache", timeout=30).status_code == 401
+        for url in first[3:]:  # the server and the router
+            ask = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+            assert httpx.post(f"{url}/generate", json=ask, timeout=30).status_code == 401
         next(p for p in family if _command(p).startswith("sglang::scheduler")).send_signal(signal.SIGKILL)
-        url = first[3]
-        while url == first[3]:
-            number, completions, url = _line(trainer)[1:]
+        url, router = first[3:]
+        while url == first[3] or router in (first[4], "None"):
+            number, completions, url, router = _line(trainer)[1:]
         assert int(number) > int(first[1])
         assert completions == "4"
         family = psutil.Process(trainer.pid).children(recursive=True)
@@ -108,3 +110,15 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"rollout.sglang.python: .*setup_sglang_env.sh"):
         make_launch(SGLangConfig(python=str(tmp_path / "python")), "m", "fp32", "cpu", tmp_path)
     assert make_launch(SGLangConfig(host="::1", python=python), "m", "fp32", "cpu", tmp_path).api_key is None
+
+
+def test_every_server_gets_gpus_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(servers, "_start", lambda command, *_: started.append(command))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for config in (SGLangConfig(servers=3, tensor=2), SGLangConfig(servers=2, first_gpu=0)):
+        config = config.model_copy(update={"python": sys.executable})
+        launch = make_launch(config, "m", "bf16", "cuda", tmp_path)
+        for index in range(config.servers):
+            launch.server(index)
+    assert [command[command.index("--base-gpu-id") + 1] for command in started] == ["2", "4", "6", "0", "1"]

@@ -114,7 +114,8 @@ class Launch:
 
     def _server_args(self, index: int, port: int) -> list[str]:
         config = self.config
-        own = CPU_ARGS if self.device == "cpu" else ("--base-gpu-id", str(index * config.tensor))
+        gpus = config.gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        own = CPU_ARGS if self.device == "cpu" else ("--base-gpu-id", str(gpus[index * config.tensor]))
         return [
             *("--model-path", self.model_path, "--host", config.host, "--port", str(port)),
             *("--dtype", DTYPES[self.dtype], "--tp-size", str(config.tensor)),
