@@ -234,9 +234,8 @@ def response_statistics(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         temperature=temperature,
         entropy_floor=entropy_floor,
-        main_grad=weight.main_grad
-        if policy.config.gradient_accumulation_fusion and weight.requires_grad
-        else None,
+        # of Megatron's DistributedDataParallel: spares a gradient of [vocabulary, hidden] and a pass over it
+        main_grad=getattr(weight, "main_grad", None) if weight.requires_grad else None,
     )
 
 
