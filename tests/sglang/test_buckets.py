@@ -29,6 +29,18 @@ def test_buckets_keep_order_and_bytes_and_respect_size_and_alignment(
         assert bucket.flat.numel() <= max_bytes or len(bucket.names) == 1
 
 
+def test_memory_of_the_right_size_is_used_again() -> None:
+    weights = [(f"w{i}", torch.randn(10 + i)) for i in range(4)]
+    first = list(pack(weights, 100))
+    assert len(first) == 2
+    memory = [first[0].flat, torch.empty(7, dtype=torch.uint8)]
+    again = list(pack([(name, tensor + 1) for name, tensor in weights], 100, memory))
+    assert again[0].flat.data_ptr() == first[0].flat.data_ptr()
+    unpacked = [tensor for bucket in again for _, tensor in bucket.tensors()]
+    assert all(ours.equal(theirs + 1) for ours, (_, theirs) in zip(unpacked, weights, strict=True))
+    assert memory[1].numel() == 7
+
+
 def test_a_snapshot_in_a_directory_is_a_checkpoint(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.randn(8, 8).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(6)}
     snapshot = Snapshot(4, tmp_path / "weights-4")

@@ -167,11 +167,15 @@ class SGLangEngine:
         self._wait_started()
         tag = f"{self._run_name}:{version}"
         targets = self._run(self._pool.begin_update())
-        snapshot = Snapshot(version, self._directory / f"weights-{version}" if self._on_disk else None)
+        # No server is brought to the old weights once an update has begun: their memory takes the new ones.
+        memory = [bucket.flat for bucket in self._pool.snapshot.buckets] if self._pool.snapshot else []
+        snapshot = Snapshot(
+            version, self._directory / f"weights-{version}" if self._on_disk else None, memory
+        )
         transfer = Transfer(self._pool.link, targets, tag)
         try:
             sent: Future[None] | None = None
-            for bucket in pack(weights, self._config.bucket_mb << 20):
+            for bucket in pack(weights, self._config.bucket_mb << 20, memory):
                 snapshot.add(bucket)
                 if sent is not None:
                     sent.result()
