@@ -98,9 +98,12 @@ def test_resume_in_another_layout(
     np.testing.assert_allclose(metrics_2, metrics, rtol=1e-5)
     assert state == training.state(2)
     for name in weights:
-        # attention does not depend on the key bias: its gradient is rounding alone, which Adam makes large
+        # Whole tensors, because Adam makes much of a gradient that is rounding alone, as single elements' may be. The
+        # key bias' all is: attention does not depend on it. Lost moments show: they
+        # move every element by about the learning rate, 0.01.
         if not name.endswith("k_proj.bias"):
-            np.testing.assert_allclose(weights_2[name], weights[name], rtol=1e-3, atol=1e-5, err_msg=name)
+            moved = np.linalg.norm(weights_2[name] - weights[name])
+            assert moved < 1e-4 * np.linalg.norm(weights[name]), name
 
 
 def test_asynchronous_save_holds_the_weights_of_its_moment(

@@ -16,7 +16,12 @@ from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.pool import RankPool
 from tests.sglang.conftest import Servers
 from tests.sglang.proxy import FaultyProxy
-from tests.sglang.training_job import run_config, train, train_beside_rollout
+from tests.sglang.training_job import (
+    run_config,
+    train,
+    train_beside_rollout,
+    train_with_a_transfer_that_garbles,
+)
 
 pytestmark = pytest.mark.sglang
 
@@ -148,6 +153,22 @@ def test_groups_that_oversampling_left_go_on_in_the_next_batch(
     assert "step 1: 2 of 4 groups were not finished; put back" in log
     # what was begun with older weights went on with newer ones
     assert any(len(set(t.token_versions.tolist())) > 1 for batch in batches for t in batch)
+
+
+def test_garbled_weights_stop_the_run_with_a_checkpoint_and_the_names_of_the_tensors(
+    ranks: RankPool, servers: Servers, tmp_path: Path
+) -> None:
+    sglang = {"urls": servers.urls, "verify_every": 1}
+    config = run_config(tmp_path, servers.checkpoint, 4, rollout={"sglang": sglang})
+    (message,) = ranks.run(1, train_with_a_transfer_that_garbles, config, 3)  # after the second step
+    assert "the weights of 2 servers are not the trainer's" in message
+    for url in servers.urls:
+        assert f"{url}: " in message
+    assert "tensors differ: model." in message
+    assert len(read_metrics(config.path / "metrics.jsonl")) == 2
+    assert (config.path / "checkpoints" / "step-000002" / "manifest.json").exists()
+    assert ranks.run(1, train, config) == [0]
+    check_on_policy(config, servers)
 
 
 @pytest.mark.parametrize("staleness, cut", [(0, "/"), (1, "/begin_weight_update")])

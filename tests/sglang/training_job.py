@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from gtpo_megatron import batches
 from gtpo_megatron import train as loop
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.sglang import weights
 from gtpo_megatron.run import Run
 from gtpo_megatron.trajectories.record import Trajectory
 
@@ -42,6 +45,25 @@ def train(config: RunConfig) -> int | str:
         return loop.train(config)
     except UserError as error:
         return str(error)
+
+
+def train_with_a_transfer_that_garbles(config: RunConfig, update: int) -> int | str:
+    """As `train`; the end of every bucket of the update of this number arrives as zeros."""
+    begun = [0]
+    begin, send = weights.Transfer._begin, weights.Broadcast.send
+
+    async def count(self: weights.Transfer) -> None:
+        begun[0] += 1
+        await begin(self)
+
+    def garble(self: weights.Broadcast, flat: torch.Tensor) -> None:
+        if begun[0] == update:
+            flat = flat.clone()
+            flat[-len(flat) // 8 :] = 0
+        send(self, flat)
+
+    with patch.object(weights.Transfer, "_begin", count), patch.object(weights.Broadcast, "send", garble):
+        return train(config)
 
 
 def train_beside_rollout(config: RunConfig) -> int:
