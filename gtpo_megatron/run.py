@@ -19,7 +19,7 @@ from gtpo_megatron.config_loading import load_config, save_config
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
 from gtpo_megatron.data.sampler import PromptSampler
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.metrics import MetricsWriter
+from gtpo_megatron.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint import Checkpointer, TrainState
 from gtpo_megatron.policy.collective import on_rank_zero, together
@@ -246,6 +246,15 @@ class Run:
             top_k=rollout.top_k,
             stop_token_ids=stop_token_ids(self.tokenizer),
         )
+
+    def is_evaluated(self) -> bool:
+        """Whether the metrics hold an evaluation of the current step. Collective."""
+
+        def found() -> bool:
+            rows = read_metrics(self.path / "metrics.jsonl")
+            return any(row["step"] == self.step and "eval/accuracy" in row for row in rows)
+
+        return on_rank_zero(found)
 
     def next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
         """The next prompts of the sampler, with their places in the batch and seeds."""

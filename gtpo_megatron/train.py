@@ -42,7 +42,9 @@ def train(config: RunConfig) -> int:
     Raises UserError for what the user can mend; whatever was done until then is written.
     """
     with Run(config) as run, Batches(run) as batches:
-        if run.step == 0:
+        if (
+            evaluation_due(run) and not run.is_evaluated()
+        ):  # at the start, or where the last process could not
             evaluate(run)
         while run.step < config.training.steps and not run.stop_requested():
             run.seconds.clear()
@@ -58,7 +60,7 @@ def train(config: RunConfig) -> int:
                 finally:  # a checkpoint never stands ahead of the metrics
                     record(run, trajectories, passed, update, staleness)
             stop_after_bad_steps(run, update)
-            if run.step == config.training.steps or _due(run.step, config.evaluation.every):
+            if evaluation_due(run):
                 with saved_before_giving_up(run, batches):
                     evaluate(run)
             if _due(run.step, config.checkpoint.every):
@@ -172,6 +174,11 @@ def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[st
         metric, count = per[name]
         metrics[metric] = total / count
     return {name: float(value) for name, value in metrics.items()}
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether accuracy is measured after this step: at the start and the end, and as often as configured."""
+    return run.step in (0, run.config.training.steps) or _due(run.step, run.config.evaluation.every)
 
 
 def evaluate(run: Run) -> None:

@@ -20,6 +20,7 @@ from tests.training_jobs import (
     run_noting_the_store,
     run_training,
     run_with_signal,
+    run_without_a_last_evaluation,
     small_run,
 )
 
@@ -132,6 +133,18 @@ def test_a_run_writes_what_it_did(gtpo: RunConfig) -> None:
     expected = {"config.yaml", "hf", "tensorboard", "summary.md", "report.png", "logs"}
     assert expected <= {path.name for path in gtpo.path.iterdir()}
     assert (gtpo.path / "hf" / "config.json").is_file()
+
+
+def test_an_evaluation_that_could_not_be_made_is_made_by_the_next_process(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    evaluation = {"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 3, "system_prompt": ""}}
+    config = make("evaluated-late", training={"steps": 2}, evaluation=evaluation)
+    assert ranks.run(1, run_without_a_last_evaluation, config) == ["no server left"]
+    assert checkpoints(config) == ["step-000002"]
+    for _ in range(2):  # and not again
+        assert ranks.run(1, run_training, config) == [0]
+        assert [line["step"] for line in metrics_of(config) if "eval/accuracy" in line] == [0, 2]
 
 
 def test_stored_trajectories_are_those_of_the_metrics(gtpo: RunConfig) -> None:

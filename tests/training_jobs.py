@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
@@ -77,3 +78,22 @@ def run_with_signal(config: RunConfig, rank: int, number: int = signal.SIGTERM) 
     if dist.get_rank() == rank:
         threading.Thread(target=send, daemon=True).start()
     return run_training(config), signal.getsignal(number) == before
+
+
+def run_without_a_last_evaluation(config: RunConfig) -> str:
+    """Train, but fail in the evaluation after the last step; returns the message."""
+    from gtpo_megatron import train as loop
+
+    evaluate = loop.evaluate_prompts
+
+    def fail_at_the_end(*arguments: Any) -> Any:
+        if arguments[-1] == config.training.steps:
+            raise UserError("no server left")
+        return evaluate(*arguments)
+
+    with patch.object(loop, "evaluate_prompts", fail_at_the_end):
+        try:
+            loop.train(config)
+        except UserError as error:
+            return str(error)
+    raise AssertionError("no error")
