@@ -1,13 +1,18 @@
 """Packing of weights into buckets, and the copies kept of them."""
 
+import base64
+import pickle
+import pickletools
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from gtpo_megatron.rollout.sglang.buckets import Snapshot, pack
+from gtpo_megatron.rollout.sglang.weights import pickle_tensors
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
@@ -54,3 +59,21 @@ def test_a_snapshot_in_a_directory_is_a_checkpoint(tmp_path: Path) -> None:
     assert all(loaded[name].equal(weights[name]) for name in weights)
     snapshot.delete()
     assert not (tmp_path / "weights-4").exists()
+
+
+def test_pickled_tensors_name_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stricter(content: bytes) -> None:
+        raise AssertionError("a server has no such function")
+
+    def names(pickled: bytes) -> set[str]:
+        return {str(value) for code, value, _ in pickletools.genops(pickled) if "UNICODE" in code.name}
+
+    weights = [("a", torch.randn(3, 4)), ("b", torch.randn(5).bfloat16())]
+    expected = names(base64.b64decode(pickle_tensors(weights)))
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", stricter)  # as megatron-core does
+    pickled = base64.b64decode(pickle_tensors(weights))
+    assert names(pickled) == expected >= {"torch.storage", "_load_from_bytes"}
+    monkeypatch.undo()
+    assert all(
+        ours.equal(theirs) for (_, ours), (_, theirs) in zip(pickle.loads(pickled), weights, strict=True)
+    )

@@ -7,6 +7,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from gtpo_megatron.errors import UserError
@@ -42,6 +43,31 @@ def test_every_request_is_answered_once_with_the_trainers_logprobs(
         assert all(
             np.array_equal(c.token_ids, g.completions[0].token_ids) for g in groups for c in g.completions
         )
+
+
+def test_samples_follow_the_distribution_of_the_weights(
+    make_engine: MakeEngine, model: PreTrainedModel
+) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # probabilities of all sizes
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+    count = 2000
+    (group,) = engine.generate(requests(1), SamplingParams(count, 2))
+    tokens = torch.tensor(np.stack([c.token_ids for c in group.completions])).long()
+    prompt = torch.tensor(group.request.prompt_ids).expand(count, -1)
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, tokens], 1)).logits[:, prompt.size(1) - 1 : -1]
+    probabilities = logits.double().softmax(-1)
+    filled = 0
+    for low, high in itertools.pairwise((0.0, 0.001, 0.01, 0.05, 0.2, 1.0)):
+        inside = (probabilities >= low) & (probabilities < high)
+        expected = (probabilities * inside).sum(-1)
+        seen = inside.gather(-1, tokens[..., None]).sum()
+        deviation = (expected * (1 - expected)).sum().sqrt()
+        filled += bool(expected.sum() > 20)
+        assert abs(seen - expected.sum()) < 5 * deviation + 1e-6
+    assert filled >= 4
 
 
 def test_both_servers_share_the_work(

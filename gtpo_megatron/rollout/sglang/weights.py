@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
+from types import FunctionType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -272,6 +273,24 @@ async def _all_or_first_fault(parts: list[Awaitable[Any]], on_fault: Callable[[]
         raise
 
 
+class _StoragePickler(pickle._Pickler):
+    """Writes torch's own name for what loads a storage's bytes.
+
+    megatron-core from 0.19 on puts a stricter function of its own in that place, and pickle would write that one's name,
+    which a server refuses and dies of. (The C pickler has no hook for the names of functions.)
+    """
+
+    def save_function(self, function: Any) -> None:
+        if function is not torch.storage._load_from_bytes:
+            return self.save_global(function)
+        self.save("torch.storage")
+        self.save("_load_from_bytes")
+        self.write(pickle.STACK_GLOBAL)
+        self.memoize(function)
+
+    dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
+
+
 def pickle_tensors(named: list[tuple[str, torch.Tensor]]) -> str:
     """Named tensors as SGLang's servers unpickle them, base64: CUDA tensors as IPC handles, CPU tensors as their bytes.
 
@@ -282,7 +301,7 @@ def pickle_tensors(named: list[tuple[str, torch.Tensor]]) -> str:
     if named[0][1].is_cuda:
         ForkingPickler(buffer).dump(named)
     else:  # a view would bring the whole bucket's bytes with it
-        pickle.dump([(name, tensor.clone()) for name, tensor in named], buffer)
+        _StoragePickler(buffer).dump([(name, tensor.clone()) for name, tensor in named])
     return base64.b64encode(buffer.getvalue()).decode()
 
 
