@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,14 +195,17 @@ class Run:
         error: UserError | None = None
         if self.engine is not None:
             try:
-                # A batch sampled ahead is finished with the weights it began with, where it cannot go on with others.
-                with nullcontext() if self.engine.updates_in_flight else self.engine_lock:
+                with self._between_batches(self.engine):
                     action(weights)
             except UserError as caught:
                 error = caught
         for _ in weights:
             pass  # every rank takes part in the whole export
         together(lambda: _raise(error))
+
+    def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
+        """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
+        return nullcontext() if engine.updates_in_flight else self.engine_lock
 
     def _certify(self) -> None:
         """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.certificate."""
@@ -222,7 +225,7 @@ class Run:
         def compare() -> dict[str, float]:
             if self.engine is None:
                 return {}
-            with nullcontext() if self.engine.updates_in_flight else self.engine_lock:
+            with self._between_batches(self.engine):
                 scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
             worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
             return worst.metrics()

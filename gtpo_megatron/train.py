@@ -42,9 +42,8 @@ def train(config: RunConfig) -> int:
     Raises UserError for what the user can mend; whatever was done until then is written.
     """
     with Run(config) as run, Batches(run) as batches:
-        if (
-            evaluation_due(run) and not run.is_evaluated()
-        ):  # at the start, or where the last process could not
+        # at the start, or where the last process could not
+        if evaluation_due(run) and not run.is_evaluated():
             evaluate(run)
         while run.step < config.training.steps and not run.stop_requested():
             run.seconds.clear()

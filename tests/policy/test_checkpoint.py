@@ -99,8 +99,8 @@ def test_resume_in_another_layout(
     assert state == training.state(2)
     for name in weights:
         # Whole tensors, because Adam makes much of a gradient that is rounding alone, as single elements' may be. The
-        # key bias' all is: attention does not depend on it. Lost moments show: they
-        # move every element by about the learning rate, 0.01.
+        # key bias' all is: attention does not depend on it. Lost moments show: they move
+        # every element by about the learning rate, 0.01.
         if not name.endswith("k_proj.bias"):
             moved = np.linalg.norm(weights_2[name] - weights[name])
             assert moved < 1e-4 * np.linalg.norm(weights[name]), name

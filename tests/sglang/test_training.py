@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,21 +100,25 @@ def test_one_step_off_policy(ranks: RankPool, servers: Servers, tmp_path: Path) 
         assert set(versions.tolist()) == {max(step - 1, 0)}
 
 
+def partial_config(
+    directory: Path, servers: Servers, sglang: dict[str, Any] | None = None, **rollout: Any
+) -> RunConfig:
+    """Four steps whose completions may go on with newer weights than they began with."""
+    return run_config(
+        directory,
+        servers.checkpoint,
+        4,
+        rollout=rollout | {"sglang": {"urls": servers.urls, "partial": True} | (sglang or {})},
+        training={"micro_batch_tokens": 4096},
+        algorithm={"importance": {"level": "token", "cap": 2.0}},
+    )
+
+
 def test_an_update_does_not_wait_for_completions_that_go_on_with_it(
     ranks: RankPool, servers: Servers, tmp_path: Path
 ) -> None:
-    config = run_config(
-        tmp_path,
-        servers.checkpoint,
-        4,
-        rollout={
-            "sglang": {"urls": servers.urls, "partial": True},
-            "staleness": 1,
-            "max_new_tokens": 600,  # seconds, where a step of training takes less than one
-        },
-        training={"steps": 4, "micro_batch_tokens": 4096},
-        algorithm={"importance": {"level": "token", "cap": 2.0}},
-    )
+    # seconds of sampling, where a step of training takes less than one
+    config = partial_config(tmp_path, servers, staleness=1, max_new_tokens=600)
     assert ranks.run(1, train, config) == [0]
     rows = read_metrics(config.path / "metrics.jsonl")
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
@@ -129,19 +134,8 @@ def test_an_update_does_not_wait_for_completions_that_go_on_with_it(
 def test_groups_that_oversampling_left_go_on_in_the_next_batch(
     ranks: RankPool, servers: Servers, tmp_path: Path
 ) -> None:
-    config = run_config(
-        tmp_path,
-        servers.checkpoint,
-        4,
-        rollout={
-            # places for two of the four groups: the others begin as completions of these end
-            "sglang": {"urls": servers.urls, "partial": True, "concurrency": 4},
-            "oversample": 2.0,
-            "max_new_tokens": 300,
-        },
-        training={"steps": 4, "micro_batch_tokens": 4096},
-        algorithm={"importance": {"level": "token", "cap": 2.0}},
-    )
+    # places for two of the four groups: the others begin as completions of these end
+    config = partial_config(tmp_path, servers, {"concurrency": 4}, oversample=2.0, max_new_tokens=300)
     assert ranks.run(1, train, config) == [0]
     store = TrajectoryStore(config.path / "trajectories")
     batches = [store.read(step) for step in range(4)]

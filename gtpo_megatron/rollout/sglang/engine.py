@@ -291,7 +291,6 @@ class SGLangEngine:
                     raise item
                 del job.flights[item.request]
                 yield item
-            job.flights.clear()
         finally:
             if self._config.partial and job in self._jobs:
                 self._run(self._keep_unfinished(job))
