@@ -144,6 +144,11 @@ class SGLangConfig(Section):
     verify_every: int = Field(
         10, ge=0, description="mismatch certificate every K weight versions; 0: only after start"
     )
+    checksums: Literal["never", "start", "certificate"] = Field(
+        "start",
+        description="compare each of the servers' tensors with the trainer's after start, or with every certificate; "
+        "the servers read them from the run's directory",
+    )
     max_logprob_gap: float | None = Field(
         None, gt=0, description="stop above this mean |difference|; default by dtype"
     )

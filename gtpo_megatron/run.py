@@ -184,9 +184,12 @@ class Run:
         if not self.samples:
             return
         self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
-        served = self.config.rollout.engine == "sglang" and self.config.algorithm.name != "sft"
-        every = self.config.rollout.sglang.verify_every
-        if served and (self.mismatch is None or (every and self.version % every == 0)):
+        if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
+            return
+        sglang, at_start = self.config.rollout.sglang, self.mismatch is None
+        if at_start or (sglang.verify_every and self.version % sglang.verify_every == 0):
+            if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
+                self._compare_checksums()
             self._certify()
 
     def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
@@ -234,8 +237,11 @@ class Run:
             self.mismatch = together(compare)[0]
         except UserError as disagreement:
             # says which tensors differ, if that is the reason; if none does, the arithmetic is
-            self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
+            self._compare_checksums()
             raise disagreement
+
+    def _compare_checksums(self) -> None:
+        self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor
 from gtpo_megatron.rollout.sglang import SGLangEngine, Timing
-from gtpo_megatron.rollout.sglang.servers import Launch, Process, make_launch
+from gtpo_megatron.rollout.sglang.servers import Launch, Process, end_all, make_launch
 from tests.sglang.proxy import FaultyProxy
 from tests.tiny_models import make_tiny_checkpoint
 
@@ -37,7 +38,7 @@ IMPATIENT = Timing(
 
 @dataclass
 class Servers:
-    """Two SGLang servers with fixed ports."""
+    """SGLang servers of one checkpoint, with fixed ports."""
 
     launch: Launch
     checkpoint: Path
@@ -52,7 +53,7 @@ class Servers:
         self.urls[index : index + 1] = [url]
 
     def wait(self) -> None:
-        """Wait until both are ready."""
+        """Wait until all are ready."""
         deadline = time.monotonic() + START_S
         for process, url in zip(self.processes, self.urls, strict=True):
             while not _healthy(url):
@@ -94,14 +95,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_servers(
     sglang_python: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    config = SGLangConfig(python=sglang_python, args=("--log-level-http", "info"))
-    launch = make_launch(config, str(checkpoint), "fp32", "cpu", tmp_path_factory.mktemp("sglang"))
-    servers = Servers(launch, checkpoint)
-    for index in range(2):
+    with run_servers(sglang_python, checkpoint, tmp_path_factory.mktemp("sglang"), 2) as servers:
+        yield servers
+
+
+@contextmanager
+def run_servers(
+    python: str, checkpoint: Path, logs: Path, number: int = 1, tensor: int = 1
+) -> Iterator[Servers]:
+    """Start servers; ended with the context."""
+    config = SGLangConfig(python=python, tensor=tensor, args=("--log-level-http", "info"))
+    servers = Servers(make_launch(config, str(checkpoint), "fp32", "cpu", logs), checkpoint)
+    for index in range(number):
         servers.start(index)
-    yield servers
-    for process in servers.processes:
-        process.end(3.0)
+    try:
+        yield servers
+    finally:
+        end_all(servers.processes, 3.0)
 
 
 @pytest.fixture

@@ -151,6 +151,42 @@ def test_a_transfer_that_breaks_off_is_repeated(
     engine.verify_weights(weights_of(model))
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_server_that_fails_while_it_is_asked_is_asked_again(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy, others: bool
+) -> None:
+    urls = (proxy.url, servers.urls[1]) if others else (proxy.url,)
+    engine = make_engine(urls=urls)
+    perturb(model, 1)
+    engine.update_weights(weights_of(model), 0)
+    for path in ("/weights_checker", "/update_weights_from_disk", "/generate"):
+        proxy.seen.clear()
+        proxy.faults = {path: "cut"}
+        threading.Timer(1.0, proxy.faults.clear).start()
+        if path == "/generate":
+            scores = engine.score([((5, 6, 7), (8, 9))])
+            assert set(scores) == set(urls)
+            for score in scores.values():
+                ours = logprobs_of(model, (5, 6, 7), np.array([8, 9], np.int32))
+                np.testing.assert_allclose(score[0], ours, atol=2e-4)
+        else:
+            engine.verify_weights(weights_of(model))
+        assert path in proxy.seen
+        assert set(engine.status().values()) == {"ready"}
+
+
+def test_a_server_that_fails_whenever_it_is_asked_stops_the_run(
+    make_engine: MakeEngine, model: PreTrainedModel, servers: Servers, proxy: FaultyProxy
+) -> None:
+    engine = make_engine(urls=(proxy.url,))
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/weights_checker": "error"}
+    with pytest.raises(UserError, match=r"failed 6 times(.|\n)*/weights_checker answered 500"):
+        engine.verify_weights(weights_of(model))
+    proxy.faults = {}
+    engine.verify_weights(weights_of(model))
+
+
 def test_without_any_server_the_run_waits_and_then_stops_with_a_message(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
 ) -> None:

@@ -86,6 +86,27 @@ def test_the_watchdog_ends_the_whole_tree_with_its_owner(tmp_path: Path) -> None
     assert alive == []
 
 
+def test_a_trainer_that_ends_by_an_error_ends_its_servers(checkpoint: Path, tmp_path: Path) -> None:
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 600\n")
+    python.chmod(0o755)
+    trainer = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from gtpo_megatron.config import SGLangConfig\n"
+        "from gtpo_megatron.rollout.sglang import SGLangEngine\n"
+        f"config = SGLangConfig(python={str(python)!r})\n"
+        f"engine = SGLangEngine(config, {str(checkpoint)!r}, 'fp32', Path({str(tmp_path)!r}), 'cpu')\n"
+        f"while not Path({str(pid)!r}).exists():\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit('a mistake')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", trainer], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("a mistake\n")
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
 def test_a_server_that_cannot_start_is_an_error_with_its_log(checkpoint: Path, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no such module: sglang >&2\nexit 1\n")

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.verify import differing_tensors
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.pool import RankPool
-from tests.sglang.conftest import Servers
+from tests.sglang.conftest import Servers, run_servers
 from tests.sglang.proxy import FaultyProxy
 from tests.sglang.training_job import (
     run_config,
@@ -23,6 +24,7 @@ from tests.sglang.training_job import (
     train_beside_rollout,
     train_with_a_transfer_that_garbles,
 )
+from tests.tiny_models import make_tiny_checkpoint
 
 pytestmark = pytest.mark.sglang
 
@@ -78,6 +80,30 @@ def test_weights_of_a_trainer_at_tp2_pp2_reach_the_servers(
     )
     assert ranks.run(4, train, config) == [0] * 4
     check_on_policy(config, servers)
+
+
+@pytest.fixture(scope="module")
+def server_of_experts(sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A server of a mixture of experts."""
+    directory = tmp_path_factory.mktemp("experts")
+    checkpoint = make_tiny_checkpoint(directory, "qwen3_moe")
+    with run_servers(sglang_python, checkpoint, directory / "logs") as servers:
+        servers.wait()
+        yield servers
+
+
+def test_weights_of_experts_on_two_ranks_reach_the_server(
+    ranks: RankPool, server_of_experts: Servers, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path,
+        server_of_experts.checkpoint,
+        2,
+        rollout={"sglang": {"urls": server_of_experts.urls, "verify_every": 1}},
+        parallel={"expert": 2},
+    )
+    assert ranks.run(2, train, config) == [0] * 2
+    check_on_policy(config, server_of_experts)
 
 
 def test_one_step_off_policy(ranks: RankPool, servers: Servers, tmp_path: Path) -> None:
@@ -163,6 +189,21 @@ def test_garbled_weights_stop_the_run_with_a_checkpoint_and_the_names_of_the_ten
     assert (config.path / "checkpoints" / "step-000002" / "manifest.json").exists()
     assert ranks.run(1, train, config) == [0]
     check_on_policy(config, servers)
+
+
+def test_one_wrong_bit_at_the_start_stops_the_run_before_it_samples(
+    ranks: RankPool, servers: Servers, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, servers.checkpoint, 1, rollout={"sglang": {"urls": servers.urls}})
+    (message,) = ranks.run(1, train_with_a_transfer_that_garbles, config, 1, True)
+    assert "the weights of 2 servers are not the trainer's" in message
+    assert "tensors differ: model." in message
+    assert not list((config.path / "trajectories").glob("*"))
+    elsewhere = tmp_path / "unchecked"
+    elsewhere.mkdir()
+    sglang = {"urls": servers.urls, "checksums": "never"}
+    unchecked = run_config(elsewhere, servers.checkpoint, 1, rollout={"sglang": sglang})
+    assert ranks.run(1, train_with_a_transfer_that_garbles, unchecked, 1, True) == [0]
 
 
 @pytest.mark.parametrize("staleness, cut", [(0, "/"), (1, "/begin_weight_update")])

@@ -14,7 +14,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
 from tests.parallel.pool import RankPool
-from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
+from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, run_servers, weights_of
 
 pytestmark = pytest.mark.sglang
 
@@ -44,6 +44,37 @@ def test_updates_reach_every_server_exactly(
     engine.verify_weights(weights_of(model))
     assert worst_gap(engine, model, 1) < 1e-4
     assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def server_of_two(
+    sglang_python: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    """A server whose weights are split over two ranks."""
+    with run_servers(sglang_python, checkpoint, tmp_path_factory.mktemp("sglang-tp2"), tensor=2) as servers:
+        servers.wait()
+        yield servers
+
+
+@pytest.mark.parametrize("method", ["distributed", "tensor", "disk"])
+def test_servers_of_other_layouts_are_updated_together(
+    make_engine: MakeEngine,
+    servers: Servers,
+    server_of_two: Servers,
+    model: PreTrainedModel,
+    method: str,
+) -> None:
+    engine = make_engine(weight_transfer=method, urls=(server_of_two.urls[0], servers.urls[0]))
+    perturb(model, 1)
+    engine.update_weights(weights_of(model), 0)
+    sequences = [((9, 8, 7), tuple(range(10, 40)))]
+    scores = engine.score(sequences)
+    assert len(scores) == 2
+    ours = logprobs_of(model, (9, 8, 7), np.arange(10, 40, dtype=np.int32))
+    for theirs in scores.values():
+        np.testing.assert_allclose(theirs[0], ours, atol=1e-4)
+    assert worst_gap(engine, model, 0) < 1e-4
+    engine.verify_weights(weights_of(model))
 
 
 def test_verify_names_the_tensor_that_differs_or_is_lacking(

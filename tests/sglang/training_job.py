@@ -47,8 +47,8 @@ def train(config: RunConfig) -> int | str:
         return str(error)
 
 
-def train_with_a_transfer_that_garbles(config: RunConfig, update: int) -> int | str:
-    """As `train`; the end of every bucket of the update of this number arrives as zeros."""
+def train_with_a_transfer_that_garbles(config: RunConfig, update: int, rounding: bool = False) -> int | str:
+    """As `train`; in the update of this number the end of every bucket arrives as zeros, or, as `rounding`, one bit off."""
     begun = [0]
     begin, send = weights.Transfer._begin, weights.Broadcast.send
 
@@ -59,7 +59,10 @@ def train_with_a_transfer_that_garbles(config: RunConfig, update: int) -> int | 
     def garble(self: weights.Broadcast, flat: torch.Tensor) -> None:
         if begun[0] == update:
             flat = flat.clone()
-            flat[-len(flat) // 8 :] = 0
+            if rounding:
+                flat[-4] ^= 1  # of the last fp32 number
+            else:
+                flat[-len(flat) // 8 :] = 0
         send(self, flat)
 
     with patch.object(weights.Transfer, "_begin", count), patch.object(weights.Broadcast, "send", garble):

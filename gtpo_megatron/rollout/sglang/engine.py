@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import logging
 import queue
 import threading
 import time
@@ -21,13 +22,14 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Completion, Group, NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang.buckets import Snapshot, pack
-from gtpo_megatron.rollout.sglang.client import Client, Refused, Sample, ServerFault
+from gtpo_megatron.rollout.sglang.client import Client, Sample, ServerFault
 from gtpo_megatron.rollout.sglang.pool import Pool, Timing, Worker
 from gtpo_megatron.rollout.sglang.servers import Device, make_launch, resolve_key
-from gtpo_megatron.rollout.sglang.verify import differing_tensors
+from gtpo_megatron.rollout.sglang.survey import differences, scores
 from gtpo_megatron.rollout.sglang.weights import Link, Transfer
 from gtpo_megatron.trajectories.record import FinishReason
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 ABORT_GRACE_S = 5.0
 DEFAULT_TIMING = Timing()
@@ -198,36 +200,22 @@ class SGLangEngine:
         the result with what they held: a tensor that the export lacks shows as well as one that arrived wrong.
 
         Raises:
-            UserError: names the servers and tensors that differ.
+            UserError: names the servers and tensors that differ; or no server is left.
         """
         copy = Snapshot(self.version, self._directory / f"verify-{uuid.uuid4().hex[:8]}")
         try:
             for bucket in pack(weights, self._config.bucket_mb << 20):
                 copy.add(bucket)
             copy.finish()
-            self._run(self._verify(copy))
+            assert copy.directory is not None
+            found = self._run(differences(self._pool, copy.directory))
         finally:
             copy.delete()
-
-    async def _verify(self, copy: Snapshot) -> None:
-        pool = self._pool
-        await pool.begin_update()
-        workers = pool.ready
-        wrong: dict[str, str] = {}
-        try:
-            for worker in workers:
-                arguments = (worker.url, str(copy.directory), str(pool.tag), self._timing.transfer_s)
-                try:
-                    if names := await differing_tensors(pool.client, *arguments):
-                        wrong[worker.url] = f"{len(names)} tensors differ: {', '.join(names[:8])}"
-                except (ServerFault, Refused) as fault:
-                    wrong[worker.url] = str(fault)
-        finally:
-            done = [worker.target for worker in workers if worker.url not in wrong]
-            pool.end_update(pool.tag, pool.snapshot, done, wrong)
-        if wrong:
-            lines = "\n".join(f"  {url}: {what}" for url, what in wrong.items())
-            raise UserError(f"the weights of {len(wrong)} servers are not the trainer's:\n{lines}")
+        if wrong := [f"  {url}: {what}" for url, what in found.items() if what]:
+            raise UserError(
+                "\n".join([f"the weights of {len(wrong)} servers are not the trainer's:", *wrong])
+            )
+        log.info("the weights of %d SGLang servers are the trainer's, tensor by tensor", len(found))
 
     @property
     def _on_disk(self) -> bool:
@@ -269,20 +257,9 @@ class SGLangEngine:
         """For each server's URL, the logprobs [L] of each (prompt_ids, token_ids) under its weights.
 
         Raises:
-            UserError: a server failed or refused.
+            UserError: a server refused, or none is left.
         """
-
-        async def score_all() -> dict[str, list[NDArray[np.float32]]]:
-            scores = {}
-            for worker in self._pool.ready:
-                calls = (self._pool.client.score(worker.url, prompt, tokens) for prompt, tokens in sequences)
-                scores[worker.url] = list(await asyncio.gather(*calls))
-            return scores
-
-        try:
-            return self._run(score_all())
-        except ServerFault as fault:
-            raise UserError(f"scoring failed: {fault}") from fault
+        return self._run(scores(self._pool, sequences))
 
     def _groups(self, job: _Job) -> Iterator[Group]:
         try:

@@ -11,7 +11,8 @@ All of this runs in one event loop; nothing here may be called from another thre
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.buckets import Snapshot
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
-from gtpo_megatron.rollout.sglang.servers import Launch, Process
+from gtpo_megatron.rollout.sglang.servers import Launch, Process, end_all
 from gtpo_megatron.rollout.sglang.verify import checksums, differing
 from gtpo_megatron.rollout.sglang.weights import Link, Target, Transfer
 
@@ -60,6 +61,7 @@ class Worker:
     inflight: int = 0
     faults: int = 0  # in a row
     reason: str = "is starting"
+    trouble: str = ""  # why it was last taken out
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -140,7 +142,7 @@ class Pool:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self.link.close()
         processes = [w.process for w in self.workers if w.process] + ([self.router[0]] if self.router else [])
-        await asyncio.gather(*(asyncio.to_thread(process.end, 3.0) for process in processes))
+        end_all(processes, 3.0)  # blocks: at the interpreter's exit there are no more threads to be had
         await self.client.close()
 
     def _add(self, url: str, owned: bool) -> None:
@@ -268,7 +270,11 @@ class Pool:
 
     def no_server(self) -> UserError:
         """The error of a run without servers."""
-        reasons = "\n".join(f"  {w.url or f'server {w.index}'}: {w.state}, {w.reason}" for w in self.workers)
+        reasons = "\n".join(
+            f"  {w.url or f'server {w.index}'}: {w.state}, {w.reason}"
+            + (f"; before that: {w.trouble}" if w.trouble not in ("", w.reason) else "")
+            for w in self.workers
+        )
         return UserError(
             "no SGLang server has been usable for "
             f"{self.config.no_server_timeout_s:g} s (rollout.sglang.no_server_timeout_s):\n{reasons}"
@@ -320,6 +326,17 @@ class Pool:
         for worker in self.workers:
             worker.wake.set()
         self._dispatch()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[dict[str, str]]:
+        """No sampling within; the weights stay. Servers for whose URL the dictionary names a fault get them again."""
+        await self.begin_update()
+        faults: dict[str, str] = {}
+        try:
+            yield faults
+        finally:
+            sound = [worker.target for worker in self.ready if not faults.get(worker.url)]
+            self.end_update(self.tag, self.snapshot, sound, faults)
 
     async def wait_updated(self) -> None:
         """Wait until every worker that answers holds the current weights, and there is one.
@@ -378,6 +395,8 @@ class Pool:
             level = logging.WARNING if state in ("down", "suspect") else logging.INFO
             log.log(level, "SGLang server %s: %s -> %s %s", worker.url, worker.state, state, reason)
         worker.state, worker.reason = state, reason
+        if state in ("down", "suspect"):
+            worker.trouble = reason
         worker.wake.set()
         self._dispatch()
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,19 +53,26 @@ class Process:
         """The log's last lines, for messages."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def end(self, grace_s: float = 0.0) -> None:
+    def end(self) -> None:
         """Kill the process and its children. A stopped (SIGSTOP) process is killed as well."""
-        if grace_s and self.alive:
-            self.popen.terminate()
-            try:
-                self.popen.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         self.popen.wait()
+
+
+def end_all(processes: Sequence[Process], grace_s: float) -> None:
+    """Let all processes end by themselves; kill those that have not done so after `grace_s`, and their children."""
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        process.popen.terminate()
+    for process in processes:
+        try:
+            process.popen.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        process.end()
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ class Launch:
                 "PYTHONPATH": str(STUBS),
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
+                "TORCHDYNAMO_DISABLE": "1",  # would look for a compiler in the stand-in for triton
             }
             environment.setdefault("OMP_NUM_THREADS", "1")
             if self.config.tensor > 1:
