@@ -3,18 +3,20 @@
 #   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
 #   KILLS=...        how often `make chaos` kills
+#   FAULTS=...       how many faults `make soak` injects
 #   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
 BIN := .venv/bin
 TESTS ?= tests
 KILLS ?= 20
+FAULTS ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos soak sglang smollm2 clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
 	  printf 'make %-17s %s\n' "$$name" "$$text"; done
 
 .venv:
@@ -49,6 +51,10 @@ bench: .venv ## the benchmarks that need no GPU; results go to benchmarks/result
 
 chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments, and compare all its metrics
 	@$(BIN)/python tools/chaos.py --kills $(KILLS)
+
+soak: sglang ## kill and stop SGLang servers, router and trainer of a run 40 times (FAULTS=...); check that nothing is lost
+	@$(BIN)/python tools/soak.py --faults $(FAULTS)
+	@$(BIN)/python tools/soak.py --faults $(FAULTS) --staleness 1
 
 sglang: .venv ## SGLang's own environment, .venv-sglang
 	@PYTHON="$${PYTHON:-$(CURDIR)/$(BIN)/python}" tools/setup_sglang_env.sh

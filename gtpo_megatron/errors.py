@@ -1,8 +1,14 @@
-"""The one exception that means "the user can mend this": the command line prints its text without a traceback."""
+"""How a program ends: the exit codes of a training run, and the one exception that means "the user can mend this"."""
+
+COMPLETE, STOPPED = (
+    0,
+    3,
+)  # all steps are done; a signal ended the run early, and the same command goes on with it
 
 
 class UserError(Exception):
     """Bad input: a configuration key, a data row, a checkpoint, a server's answer.
 
-    The message names the file, line or key, the value met, the rule that it breaks, and what to do.
+    The message names the file, line or key, the value met, the rule that it breaks, and what to do. The command line
+    prints it without a traceback.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from gtpo_megatron.batches import Batches
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
@@ -31,7 +31,6 @@ from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
 
 log = logging.getLogger(__name__)
-COMPLETE, STOPPED = 0, 3
 
 
 def train(config: RunConfig) -> int:

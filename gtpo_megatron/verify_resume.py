@@ -15,7 +15,7 @@ from typing import Any
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config_loading import load_config, save_config
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import STOPPED, UserError
 from gtpo_megatron.metrics import read_metrics
 
 POLL_S = 0.01
@@ -136,6 +136,20 @@ class Training:
     def running(self) -> bool:
         """Whether it has not ended by itself."""
         return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started (with torchrun: the launcher)."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """Ask it to end after its step, and wait until it has. Raises UserError with the end of its log if it failed."""
+        self._process.terminate()
+        try:
+            if self._process.wait() != STOPPED:
+                raise UserError(f"training failed:\n{self._tail()}")
+        finally:
+            self.kill()
 
     def finish(self) -> None:
         """Wait for its end. Raises UserError with the end of its log if it failed."""

@@ -28,6 +28,7 @@ from gtpo_megatron.rollout.sglang.weights import Link, Target, Transfer
 
 log = logging.getLogger(__name__)
 State = Literal["down", "stale", "suspect", "ready"]
+START_ATTEMPTS = 2  # of a server's first start: another process may have taken its port
 AFFINITY = 8  # completions of a group stay together, for the prefix cache, up to this much imbalance
 
 
@@ -119,13 +120,13 @@ class Pool:
         """Wait until every server answers.
 
         Raises:
-            UserError: a server ended, or did not answer within start_timeout_s; with the end of its log.
+            UserError: a server ended twice, or did not answer within start_timeout_s; with the end of its log.
         """
         deadline = asyncio.get_running_loop().time() + self.config.start_timeout_s
         while waiting := [w for w in self.workers if not w.ever_up]:
             if self._failure is not None:
                 raise self._failure
-            failed = [w for w in waiting if w.owned and w.faults]
+            failed = [w for w in waiting if w.owned and w.faults >= START_ATTEMPTS]
             if failed or asyncio.get_running_loop().time() > deadline:
                 worker = (failed or waiting)[0]
                 tail = f"\n{worker.process.log}:\n{worker.process.tail()}" if worker.process else ""
