@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
-from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
+from tests.sglang.conftest import IMPATIENT, MakeEngine, Servers, logprobs_of, perturb, weights_of
 from tests.sglang.proxy import FaultyProxy
 
 pytestmark = pytest.mark.sglang
@@ -173,6 +174,36 @@ def test_a_server_that_fails_while_it_is_asked_is_asked_again(
             engine.verify_weights(weights_of(model))
         assert path in proxy.seen
         assert set(engine.status().values()) == {"ready"}
+
+
+@pytest.mark.parametrize("hanging", ["/pause_generation", "/"])
+def test_a_server_that_hangs_in_an_update_is_left_out(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy, hanging: str
+) -> None:
+    quick = replace(IMPATIENT, control_s=2.0, health_timeout_s=2.0)
+    engine = make_engine(quick, urls=(proxy.url, servers.urls[1]))
+    engine.update_weights(weights_of(model), 0)
+    perturb(model, 1)
+    proxy.faults = {hanging: "hang"}  # nothing ends it before the update has
+    engine.update_weights(weights_of(model), 1)
+    assert engine.status()[servers.urls[1]] == "ready"
+    assert engine.status()[proxy.url] != "ready"
+    assert "/pause_generation" in proxy.seen
+    proxy.faults = {}
+    until(lambda: set(engine.status().values()) == {"ready"})
+    Sampling(engine, groups=6, tokens=12).finish(model)
+    engine.verify_weights(weights_of(model))
+
+
+def test_a_server_that_hangs_while_it_is_asked_is_left_out(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
+) -> None:
+    engine = make_engine(replace(IMPATIENT, health_timeout_s=2.0), urls=(proxy.url, servers.urls[1]))
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/": "hang"}
+    assert list(engine.score([((5, 6, 7), (8, 9))])) == [servers.urls[1]]
+    assert "/generate" in proxy.seen
+    assert engine.status()[proxy.url] == "down"
 
 
 def test_a_server_that_fails_whenever_it_is_asked_stops_the_run(

@@ -36,7 +36,7 @@ def served_version(url: str, checkpoint: Path) -> int:
         client = Client(None, 60.0)
         try:
             tag = (await client.info(url)).weight_version
-            assert not await differing_tensors(client, url, str(checkpoint), tag, 60.0)
+            assert not await differing_tensors(client, url, str(checkpoint), tag, 60.0, 60.0)
             return tag
         finally:
             await client.close()

@@ -143,7 +143,13 @@ class SGLangEngine:
                 config,
                 launch,
                 client,
-                Link(client, config.weight_transfer, timing.transfer_s, timing.collective_s),
+                Link(
+                    client,
+                    config.weight_transfer,
+                    timing.control_s,
+                    timing.transfer_s,
+                    timing.collective_s,
+                ),
                 timing,
             )
             await pool.start()

@@ -40,7 +40,8 @@ class Timing:
     health_timeout_s: float = 25.0  # SGLang's own check gives up after 20
     health_failures: int = 3  # in a row, before a server that does not answer is given up
     drain_s: float = 60.0  # for aborted requests to come back before an update
-    transfer_s: float = 600.0  # for one call of a weight transfer
+    control_s: float = 60.0  # for a call that moves no weights: pause, go on, flush
+    transfer_s: float = 600.0  # for one call that does
     collective_s: float = 120.0  # for the broadcast of one bucket, and for joining its group
     backoff_s: float = 1.0  # before a second restart; doubles
     backoff_max_s: float = 60.0

@@ -30,8 +30,9 @@ async def differences(pool: Pool, checkpoint: Path) -> dict[str, str]:
 
     async def compare(worker: Worker) -> str:
         try:
+            patience = pool.timing.transfer_s, pool.timing.control_s
             names = await differing_tensors(
-                pool.client, worker.url, str(checkpoint), str(pool.tag), pool.timing.transfer_s
+                pool.client, worker.url, str(checkpoint), str(pool.tag), *patience
             )
         except Refused as refusal:
             raise Refused(
@@ -75,10 +76,19 @@ async def _each(workers: list[Worker], ask: Callable[[Worker], Awaitable[T]]) ->
     """Ask all at once. Returns when all have answered, so that no question is still under way."""
 
     async def answer(worker: Worker) -> T | ServerFault | Refused:
+        task = asyncio.ensure_future(ask(worker))
+        worker.requests.add(task)  # ends with the server, should it be given up meanwhile
         try:
-            found = await ask(worker)
+            found = await task
         except (ServerFault, Refused) as fault:
             return fault
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            return ServerFault(f"{worker.url}: {worker.reason}")
+        finally:
+            worker.requests.discard(task)
         worker.faults = 0
         return found
 

@@ -28,19 +28,19 @@ def differing(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
 
 
 async def differing_tensors(
-    client: Client, url: str, directory: str, tag: str, timeout_s: float
+    client: Client, url: str, directory: str, tag: str, timeout_s: float, control_s: float
 ) -> list[str]:
     """Names of the tensors that a server held otherwise than the checkpoint in `directory`, which it holds afterwards.
 
     Raises:
         ServerFault, Refused: the server did not answer, or could not load the checkpoint.
     """
-    await client.call(url, "/pause_generation", {"mode": "retract"}, timeout_s)
+    await client.call(url, "/pause_generation", {"mode": "retract"}, control_s)
     held = await checksums(client, url, timeout_s)
     # Noise first: a tensor that the checkpoint lacks would otherwise keep its value and seem right.
     await client.call(url, "/weights_checker", {"action": "reset_tensors"}, timeout_s)
     body = {"model_path": directory, "weight_version": tag, "flush_cache": True}
     await client.call(url, "/update_weights_from_disk", body, timeout_s)
     loaded = await checksums(client, url, timeout_s)
-    await client.call(url, "/continue_generation", {}, timeout_s)
+    await client.call(url, "/continue_generation", {}, control_s)
     return differing(held, loaded)

@@ -27,6 +27,12 @@ from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers import is_loopback
 
 Method = Literal["distributed", "tensor", "disk"]
+MOVES_WEIGHTS = (
+    "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
+    "/update_weights_from_disk",
+    "/end_weight_update",  # quantises
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ class Link:
 
     client: Client
     method: Method
-    timeout_s: float  # of a call
+    control_s: float  # of a call that moves no weights; short, because nothing is sampled while a hung server is awaited
+    transfer_s: float  # of one that does
     collective_s: float  # of one broadcast, and of joining the group
     broadcast: Broadcast | None = None
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sglang-weights"))
@@ -135,7 +142,11 @@ class Link:
         for target in targets:
             body = {"master_address": new.host, "master_port": new.port, "rank_offset": offset}
             body |= {"world_size": new.world_size, "group_name": new.name, "backend": new.backend}
-            calls.append(self.client.call(target.url, "/init_weights_update_group", body, self.timeout_s))
+            calls.append(
+                self.client.call(
+                    target.url, "/init_weights_update_group", body, self.control_s + self.collective_s
+                )
+            )
             offset += target.ranks
         self.broadcast = new
         joined = asyncio.get_running_loop().run_in_executor(self.thread, new.join)
@@ -244,7 +255,8 @@ class Transfer:
             self.targets = []
 
     async def _call(self, target: Target, path: str, body: dict[str, Any]) -> Any:
-        return await self.link.client.call(target.url, path, body, self.link.timeout_s)
+        timeout_s = self.link.transfer_s if path in MOVES_WEIGHTS else self.link.control_s
+        return await self.link.client.call(target.url, path, body, timeout_s)
 
     async def _each(self, call: Callable[[Target], Awaitable[Any]]) -> None:
         """Call every server at once; those that fail are left out from here on."""
