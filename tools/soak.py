@@ -36,7 +36,7 @@ from gtpo_megatron.verify_resume import Training, last_step
 
 PROMPTS, GROUP_SIZE, OVERSAMPLE = 2, 4, 1.5
 CALM_STEPS = 3  # after the last fault
-PATIENCE_S = 600.0  # for a step, after a fault
+PATIENCE_S = 900.0  # for a step, after a fault
 POLL_S = 0.05
 KINDS = {
     "scheduler killed": 3,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from transformers import PreTrainedModel
@@ -204,6 +205,24 @@ def test_a_server_that_hangs_while_it_is_asked_is_left_out(
     assert list(engine.score([((5, 6, 7), (8, 9))])) == [servers.urls[1]]
     assert "/generate" in proxy.seen
     assert engine.status()[proxy.url] == "down"
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_return_of_another(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
+) -> None:
+    patient = replace(IMPATIENT, health_timeout_s=2.0, transfer_s=600.0)
+    engine = make_engine(patient, urls=(proxy.url, servers.urls[1]))
+    engine.update_weights(weights_of(model), 0)
+    proxy.faults = {"/weights_checker": "hang"}
+    other = {"new_version": "another run's", "abort_all_requests": False}
+    httpx.post(f"{servers.urls[1]}/update_weight_version", json=other, timeout=30).raise_for_status()
+    until(
+        lambda: "/weights_checker" in proxy.seen
+    )  # the other's weights are compared with those of the first
+    assert engine.status()[servers.urls[1]] == "stale"
+    proxy.faults = {"/": "hang"}
+    until(lambda: engine.status() == {proxy.url: "down", servers.urls[1]: "ready"})
+    Sampling(engine, groups=3, tokens=12).finish(model)
 
 
 def test_a_server_that_fails_whenever_it_is_asked_stops_the_run(

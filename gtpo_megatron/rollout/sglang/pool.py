@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from gtpo_megatron.config import SGLangConfig
@@ -27,6 +27,7 @@ from gtpo_megatron.rollout.sglang.verify import checksums, differing
 from gtpo_megatron.rollout.sglang.weights import Link, Target, Transfer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 State = Literal["down", "stale", "suspect", "ready"]
 START_ATTEMPTS = 2  # of a server's first start: another process may have taken its port
 AFFINITY = 8  # completions of a group stay together, for the prefix cache, up to this much imbalance
@@ -203,26 +204,42 @@ class Pool:
         """
         routed = self.router_up and self.router is not None
         url = self.router[1] if routed and self.router else worker.url
-        task = asyncio.create_task(send(url))
+
+        async def request() -> Any:
+            try:
+                return await send(url)
+            except ServerFault as fault:
+                if routed:
+                    # until it proves well; requests go straight to the workers meanwhile
+                    self.router_up = False
+                else:
+                    self.suspect(worker, str(fault))
+                raise
+
+        try:
+            answer = await self.ask(worker, request())
+        finally:
+            self.release(worker)
+        worker.faults = 0
+        return answer
+
+    async def ask(self, worker: Worker, question: Coroutine[Any, Any, T]) -> T:
+        """Await a worker's answer, as long as the worker is not given up.
+
+        Raises:
+            ServerFault: it was given up meanwhile (behind a router: any worker was); or the question's own.
+        """
+        task = asyncio.create_task(question)
         worker.requests.add(task)
         try:
-            answer = await task
+            return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
             raise ServerFault(f"{worker.url}: {worker.reason}") from None
-        except ServerFault as fault:
-            if routed:
-                self.router_up = False  # until it proves well; requests go straight to the workers meanwhile
-            else:
-                self.suspect(worker, str(fault))
-            raise
         finally:
             worker.requests.discard(task)
-            self.release(worker)
-        worker.faults = 0
-        return answer
 
     def suspect(self, worker: Worker, reason: str) -> None:
         """Take a ready worker out until its supervisor has examined it."""
@@ -370,7 +387,7 @@ class Pool:
                 self._set(worker, "suspect", transfer.faults[worker.url])
                 return
             try:
-                await self._check_against_peer(worker)
+                await self._check_against_peers(worker)
             except (ServerFault, Refused) as fault:
                 worker.faults += 1
                 self._set(worker, "suspect", str(fault))
@@ -378,17 +395,28 @@ class Pool:
             worker.tag = self.tag
             self._set(worker, "ready", "")
 
-    async def _check_against_peer(self, worker: Worker) -> None:
+    async def _check_against_peers(self, worker: Worker) -> None:
+        """Compare a worker with the first ready one that answers. Where there is none, its own confirmation must do."""
+
+        async def of_peer(peer: Worker) -> dict[str, str]:
+            try:
+                return await checksums(self.client, peer.url, self.timing.transfer_s)
+            except ServerFault as fault:
+                self.suspect(peer, str(fault))
+                raise
+
         peers = [w for w in self.ready if w.ranks == worker.ranks]
-        if not peers:
+        ours = await checksums(self.client, worker.url, self.timing.transfer_s) if peers else {}
+        for peer in peers:
+            try:
+                theirs = await self.ask(peer, of_peer(peer))
+            except ServerFault:
+                continue
+            if names := differing(ours, theirs):
+                raise ServerFault(
+                    f"{worker.url}: {len(names)} tensors differ from {peer.url}: {', '.join(names[:8])}"
+                )
             return
-        ours, theirs = await asyncio.gather(
-            *(checksums(self.client, w.url, self.timing.transfer_s) for w in (worker, peers[0]))
-        )
-        if names := differing(ours, theirs):
-            raise ServerFault(
-                f"{worker.url}: {len(names)} tensors differ from {peers[0].url}: {', '.join(names[:8])}"
-            )
 
     # ------------------------------------------------------------------ supervision
 
@@ -503,14 +531,14 @@ class Pool:
                 await asyncio.wait_for(worker.wake.wait(), pause)
             except TimeoutError:
                 waited += pause
-        if worker.wake.is_set() or worker.state != state or self.updating.locked():
+        if worker.wake.is_set() or worker.state != state or not self.gate_open:
             return  # a paused server does not answer health checks
         if not await self.client.healthy(f"{worker.url}/health", self.timing.health_timeout_s):
-            if not self.updating.locked() and worker.state == state:
+            if self.gate_open and worker.state == state:
                 self._set(worker, "suspect", "health check failed")
         elif state == "ready":
             held = (await self.client.info(worker.url, self.timing.health_timeout_s)).weight_version
-            if held != self.tag and not self.updating.locked():
+            if held != self.tag and self.gate_open:
                 self.outdated(worker, held)
 
     async def _keep_router(self) -> None:

@@ -5,9 +5,9 @@ out says something about the servers' weights, never about their health.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ async def differences(pool: Pool, checkpoint: Path) -> dict[str, str]:
         async with pool.paused() as faults:
             workers = [worker for worker in workers if worker.state == "ready"]
             faults |= {worker.url: "was left in the middle of a comparison" for worker in workers}
-            found = await _each(workers, compare)
+            found = await _each(pool, workers, compare)
             faults |= {url: str(answer) for url, answer in found.items()}
         return found
 
@@ -69,26 +69,19 @@ async def scores(
             pool.suspect(worker, str(fault))
             raise
 
-    return await _of_every_server(pool, lambda workers: _each(workers, score))
+    return await _of_every_server(pool, lambda workers: _each(pool, workers, score))
 
 
-async def _each(workers: list[Worker], ask: Callable[[Worker], Awaitable[T]]) -> Answers[T]:
+async def _each(
+    pool: Pool, workers: list[Worker], ask: Callable[[Worker], Coroutine[Any, Any, T]]
+) -> Answers[T]:
     """Ask all at once. Returns when all have answered, so that no question is still under way."""
 
     async def answer(worker: Worker) -> T | ServerFault | Refused:
-        task = asyncio.ensure_future(ask(worker))
-        worker.requests.add(task)  # ends with the server, should it be given up meanwhile
         try:
-            found = await task
+            found = await pool.ask(worker, ask(worker))
         except (ServerFault, Refused) as fault:
             return fault
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            return ServerFault(f"{worker.url}: {worker.reason}")
-        finally:
-            worker.requests.discard(task)
         worker.faults = 0
         return found
 
