@@ -13,6 +13,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang.buckets import Snapshot
 from tests.parallel.pool import RankPool
 from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, run_servers, weights_of
 
@@ -89,6 +90,19 @@ def test_verify_names_the_tensor_that_differs_or_is_lacking(
         engine.verify_weights(weights)
     assert wrong in str(caught.value)
     assert lacking in str(caught.value)
+    assert worst_gap(engine, model, 0) < 1e-4  # brought back from the copy
+
+
+def test_servers_that_do_not_see_the_runs_directory_are_told_apart_from_wrong_weights(
+    make_engine: MakeEngine, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine.update_weights(weights_of(model), 0)
+    monkeypatch.setattr(Snapshot, "finish", Snapshot.delete)
+    with pytest.raises(
+        UserError, match="rollout.sglang.checksums needs servers that see the run's directory"
+    ):
+        engine.verify_weights(weights_of(model))
     assert worst_gap(engine, model, 0) < 1e-4  # brought back from the copy
 
 
