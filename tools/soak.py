@@ -266,6 +266,8 @@ def main(
     config = soak_config(directory, staleness)
     save_config(config, directory / "soak.yaml")
     begun = time.monotonic()
+    # through the `finally`, which ends the trainer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     soak = Soak(config, directory / "soak.yaml", seed)
     try:
         count = run_faults(soak, faults)

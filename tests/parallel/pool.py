@@ -9,7 +9,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 TIMEOUT_S = 600
+# Groups of jobs that are done are not all freed, and each keeps a thread of gloo's that polls: a thousand of them took
+# both cores of a small machine. Workers with more threads than this make room for new ones.
+THREADS = 150
 
 
 class RankPool:
@@ -38,6 +43,8 @@ class RankPool:
         if failures:
             self.close()  # a rank that failed may have left the others inside a collective
             raise AssertionError("\n".join(failures))
+        if max(psutil.Process(process.pid).num_threads() for process, _ in self._workers) > THREADS:
+            self.close()
         return [value for _, value in answers]
 
     def _collect(self, world_size: int) -> list[tuple[bool, Any]]:

@@ -31,7 +31,7 @@ IMPATIENT = Timing(
     health_timeout_s=8.0,
     health_failures=2,
     drain_s=20.0,
-    control_s=10.0,
+    control_s=20.0,
     transfer_s=40.0,
     backoff_s=0.2,
 )

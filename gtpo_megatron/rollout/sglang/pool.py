@@ -334,10 +334,12 @@ class Pool:
             if worker.url in urls and worker.state in ("ready", "stale"):
                 worker.tag = tag
                 self._set(worker, "ready", "")
-            elif worker.url in faults and worker.state in ("ready", "stale"):
-                worker.faults += 1
-                worker.tag = None  # some of its tensors may be new, some old
-                self._set(worker, "suspect", faults[worker.url])
+            elif fault := faults.get(worker.url):
+                # Some of its tensors may be new, some old. Also where it is under examination already.
+                worker.tag = None
+                if worker.state in ("ready", "stale"):
+                    worker.faults += 1
+                    self._set(worker, "suspect", fault)
             elif worker.state == "ready":
                 self._set(worker, "stale", "missed the update")
         self.gate_open = True
