@@ -1,9 +1,7 @@
 """How a program ends: the exit codes of a training run, and the one exception that means "the user can mend this"."""
 
-COMPLETE, STOPPED = (
-    0,
-    3,
-)  # all steps are done; a signal ended the run early, and the same command goes on with it
+COMPLETE = 0  # all steps are done
+STOPPED = 3  # a signal ended the run early; the same command goes on with it
 
 
 class UserError(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config_loading import load_config, save_config
-from gtpo_megatron.errors import STOPPED, UserError
+from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.metrics import read_metrics
 
 POLL_S = 0.01
@@ -145,16 +145,15 @@ class Training:
     def stop(self) -> None:
         """Ask it to end after its step, and wait until it has. Raises UserError with the end of its log if it failed."""
         self._process.terminate()
-        try:
-            if self._process.wait() != STOPPED:
-                raise UserError(f"training failed:\n{self._tail()}")
-        finally:
-            self.kill()
+        self._wait(STOPPED)
 
     def finish(self) -> None:
         """Wait for its end. Raises UserError with the end of its log if it failed."""
+        self._wait(COMPLETE)
+
+    def _wait(self, expected: int) -> None:
         try:
-            if self._process.wait():
+            if self._process.wait() != expected:
                 raise UserError(f"training failed:\n{self._tail()}")
         finally:
             self.kill()

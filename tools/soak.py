@@ -3,7 +3,7 @@
 
     tools/soak.py                        40 faults, every batch sampled with the weights that it trains
     tools/soak.py --staleness 1          sampling ahead; completions go on after updates and in the next batch
-    tools/soak.py --faults 3 --seed 7    the short form that the tests use
+    tools/soak.py --faults 4 --seed 16   a short form; the tests use it, sampling ahead
 
 Checked at the end: every step is recorded once; every batch is whole; no prompt was trained on twice or passed over; the
 certificates held; and, on policy, no token has another probability than the trainer's weights give it, so that none came
@@ -38,13 +38,18 @@ PROMPTS, GROUP_SIZE, OVERSAMPLE = 2, 4, 1.5
 CALM_STEPS = 3  # after the last fault
 PATIENCE_S = 900.0  # for a step, after a fault
 POLL_S = 0.05
-KINDS = {
+KINDS = {  # how often, in proportion
     "scheduler killed": 3,
     "server killed": 3,
     "server stopped for a while": 4,
     "server hung for good": 1,
     "router killed": 3,
     "trainer killed": 2,
+}
+PROCESSES = {
+    "scheduler": "sglang::scheduler",
+    "server": "sglang.launch_server",
+    "router": "sglang::router",
 }
 
 
@@ -93,23 +98,17 @@ class Soak:
             self.training.kill()
             self._start_trainer()
             return kind
-        name = {"router killed": "sglang::router", "scheduler killed": "sglang::scheduler"}.get(
-            kind, "sglang.launch_server"
-        )
-        victim = self._find(name)
-        if kind.startswith("server"):
-            family = [victim, *victim.children(recursive=True)]
-            if kind == "server killed":
-                victim.kill()
-                return kind
-            _signal(family, signal.SIGSTOP)
-            if kind == "server hung for good":
-                return kind
-            seconds = self.chance.uniform(1.0, 40.0)
-            threading.Timer(seconds, _signal, (family, signal.SIGCONT)).start()
-            return f"server stopped for {seconds:.0f} s"
-        victim.kill()
-        return kind
+        victim = self._find(PROCESSES[kind.split()[0]])
+        if kind.endswith("killed"):
+            victim.kill()
+            return kind
+        family = [victim, *victim.children(recursive=True)]
+        _signal(family, signal.SIGSTOP)
+        if kind == "server hung for good":
+            return kind
+        seconds = self.chance.uniform(1.0, 40.0)
+        threading.Timer(seconds, _signal, (family, signal.SIGCONT)).start()
+        return f"server stopped for {seconds:.0f} s"
 
     def _start_trainer(self) -> None:
         self.training = Training(self._recipe)
@@ -160,9 +159,8 @@ def run_faults(soak: Soak, number: int) -> Counter[str]:
         step = soak.step
         what = soak.fault(kind)
         at_once = soak.chance.random() < 0.25 and count < number
-        if (
-            at_once and kind != "trainer killed"
-        ):  # a server that fails in its first start ends the run with a message
+        # a server that fails in its first start ends the run with a message
+        if at_once and kind != "trainer killed":
             time.sleep(soak.chance.uniform(0.0, 10.0))
             typer.echo(f"fault {count} at step {step}: {what}; the next at once")
             continue

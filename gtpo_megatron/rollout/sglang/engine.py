@@ -208,13 +208,13 @@ class SGLangEngine:
         Raises:
             UserError: names the servers and tensors that differ; or no server is left.
         """
-        copy = Snapshot(self.version, self._directory / f"verify-{uuid.uuid4().hex[:8]}")
+        directory = self._directory / f"verify-{uuid.uuid4().hex[:8]}"
+        copy = Snapshot(self.version, directory)
         try:
             for bucket in pack(weights, self._config.bucket_mb << 20):
                 copy.add(bucket)
             copy.finish()
-            assert copy.directory is not None
-            found = self._run(differences(self._pool, copy.directory))
+            found = self._run(differences(self._pool, directory))
         finally:
             copy.delete()
         if wrong := [f"  {url}: {what}" for url, what in found.items() if what]:

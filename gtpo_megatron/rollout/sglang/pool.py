@@ -204,27 +204,20 @@ class Pool:
         """
         routed = self.router_up and self.router is not None
         url = self.router[1] if routed and self.router else worker.url
-
-        async def request() -> Any:
-            try:
-                return await send(url)
-            except ServerFault as fault:
-                if routed:
-                    # until it proves well; requests go straight to the workers meanwhile
-                    self.router_up = False
-                else:
-                    self.suspect(worker, str(fault))
-                raise
-
         try:
-            answer = await self.ask(worker, request())
+            answer = await self.ask(worker, send(url), self._router_failed if routed else self.suspect)
         finally:
             self.release(worker)
         worker.faults = 0
         return answer
 
-    async def ask(self, worker: Worker, question: Coroutine[Any, Any, T]) -> T:
-        """Await a worker's answer, as long as the worker is not given up.
+    async def ask(
+        self,
+        worker: Worker,
+        question: Coroutine[Any, Any, T],
+        on_fault: Callable[[Worker, str], None] | None = None,
+    ) -> T:
+        """Await a worker's answer, as long as the worker is not given up. `on_fault` is told of the question's own fault.
 
         Raises:
             ServerFault: it was given up meanwhile (behind a router: any worker was); or the question's own.
@@ -233,6 +226,10 @@ class Pool:
         worker.requests.add(task)
         try:
             return await task
+        except ServerFault as fault:
+            if on_fault is not None:
+                on_fault(worker, str(fault))
+            raise
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is not None and current.cancelling():
@@ -240,6 +237,10 @@ class Pool:
             raise ServerFault(f"{worker.url}: {worker.reason}") from None
         finally:
             worker.requests.discard(task)
+
+    def _router_failed(self, worker: Worker, reason: str) -> None:
+        """Until it proves well, requests go straight to the workers."""
+        self.router_up = False
 
     def suspect(self, worker: Worker, reason: str) -> None:
         """Take a ready worker out until its supervisor has examined it."""
@@ -399,19 +400,12 @@ class Pool:
 
     async def _check_against_peers(self, worker: Worker) -> None:
         """Compare a worker with the first ready one that answers. Where there is none, its own confirmation must do."""
-
-        async def of_peer(peer: Worker) -> dict[str, str]:
-            try:
-                return await checksums(self.client, peer.url, self.timing.transfer_s)
-            except ServerFault as fault:
-                self.suspect(peer, str(fault))
-                raise
-
         peers = [w for w in self.ready if w.ranks == worker.ranks]
         ours = await checksums(self.client, worker.url, self.timing.transfer_s) if peers else {}
         for peer in peers:
             try:
-                theirs = await self.ask(peer, of_peer(peer))
+                question = checksums(self.client, peer.url, self.timing.transfer_s)
+                theirs = await self.ask(peer, question, self.suspect)
             except ServerFault:
                 continue
             if names := differing(ours, theirs):

@@ -63,23 +63,22 @@ async def scores(
 
     async def score(worker: Worker) -> list[NDArray[np.float32]]:
         calls = (pool.client.score(worker.url, prompt, tokens) for prompt, tokens in sequences)
-        try:
-            return list(await asyncio.gather(*calls))
-        except ServerFault as fault:
-            pool.suspect(worker, str(fault))
-            raise
+        return list(await asyncio.gather(*calls))
 
-    return await _of_every_server(pool, lambda workers: _each(pool, workers, score))
+    return await _of_every_server(pool, lambda workers: _each(pool, workers, score, pool.suspect))
 
 
 async def _each(
-    pool: Pool, workers: list[Worker], ask: Callable[[Worker], Coroutine[Any, Any, T]]
+    pool: Pool,
+    workers: list[Worker],
+    ask: Callable[[Worker], Coroutine[Any, Any, T]],
+    on_fault: Callable[[Worker, str], None] | None = None,
 ) -> Answers[T]:
     """Ask all at once. Returns when all have answered, so that no question is still under way."""
 
     async def answer(worker: Worker) -> T | ServerFault | Refused:
         try:
-            found = await pool.ask(worker, ask(worker))
+            found = await pool.ask(worker, ask(worker), on_fault)
         except (ServerFault, Refused) as fault:
             return fault
         worker.faults = 0
