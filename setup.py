@@ -31,5 +31,5 @@ setup(
     include_package_data=True,
     install_requires=pins("trainer"),
     extras_require={name: pins(name) for name in ("cluster", "dev", "wandb")},
-    entry_points={"console_scripts": ["gtpo-megatron = gtpo_megatron.cli:main"]},
+    entry_points={"console_scripts": ["gtpo-megatron = gtpo_megatron.commands.cli:main"]},
 )

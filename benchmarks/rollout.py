@@ -32,11 +32,11 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from gtpo_megatron.config import SGLangConfig
-from gtpo_megatron.metrics import read_metrics
 from gtpo_megatron.rollout.protocol import NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
 from gtpo_megatron.rollout.sglang.servers import STUBS, make_launch
 from gtpo_megatron.rollout.sglang.weights import Method
+from gtpo_megatron.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -1,6 +1,6 @@
 """`python -m gtpo_megatron`, which is what torchrun starts."""
 
-from gtpo_megatron.cli import main
+from gtpo_megatron.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from gtpo_megatron.batches import Batches
+from gtpo_megatron.analysis.report import write_report
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
-from gtpo_megatron.policy.hf_export import export_hf_checkpoint
+from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.step import (
     PassResult,
@@ -25,8 +25,8 @@ from gtpo_megatron.policy.step import (
     score,
     with_logprobs,
 )
-from gtpo_megatron.report import write_report
-from gtpo_megatron.run import Run
+from gtpo_megatron.run.batches import Batches
+from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
 

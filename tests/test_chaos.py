@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gtpo_megatron.verify_resume import Training, compare, short_copy, verify_resume
+from gtpo_megatron.run.verify_resume import Training, compare, short_copy, verify_resume
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

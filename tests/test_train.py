@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.metrics import read_metrics
+from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.verify_resume import compare
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.store import TrajectoryStore
-from gtpo_megatron.verify_resume import compare
 from tests.parallel.pool import RankPool
 from tests.training_jobs import (
     reward,

@@ -23,10 +23,10 @@ from typing import Annotated
 import typer
 
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.config_loading import load_config
+from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.metrics import read_metrics
-from gtpo_megatron.verify_resume import ResumeReport, Training, compare, last_step, short_copy
+from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.verify_resume import ResumeReport, Training, compare, last_step, short_copy
 
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, REPOSITORY)  # for the tests' tiny model, here and in the trainers

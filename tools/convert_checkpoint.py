@@ -4,7 +4,7 @@
 import os
 import sys
 
-from gtpo_megatron.convert_cli import convert_app
+from gtpo_megatron.commands.convert import convert_app
 from gtpo_megatron.errors import UserError
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the table of all keys in docs/configuration.md from the models in gtpo_megatron/config.py.
+"""Write the table of all keys in docs/configuration.md from the models in gtpo_megatron/config.
 
 tools/make_config_docs.py          write it
 tools/make_config_docs.py --check  exit code 1 if it is not current

@@ -28,11 +28,11 @@ import typer
 from chaos import tiny_run
 
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.config_loading import save_config
+from gtpo_megatron.config.loading import save_config
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.metrics import read_metrics
+from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.verify_resume import Training, last_step
 from gtpo_megatron.trajectories.store import TrajectoryStore
-from gtpo_megatron.verify_resume import Training, last_step
 
 PROMPTS, GROUP_SIZE, OVERSAMPLE = 2, 4, 1.5
 CALM_STEPS = 3  # after the last fault

@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from gtpo_megatron.policy.attention import zigzag_order
+from gtpo_megatron.policy.layers.local import zigzag_order
 from gtpo_megatron.trajectories.record import Trajectory
 
 

@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
-from gtpo_megatron.policy.attention import CoreAttention, RMSNorm
+from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
 
 with platform.importing_bridge():
     from megatron.bridge import AutoBridge

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from gtpo_megatron.config import AlgorithmConfig, ParallelConfig
-from gtpo_megatron.layout import sequence_alignment
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
 from gtpo_megatron.policy.head import TokenStatistics, token_statistics

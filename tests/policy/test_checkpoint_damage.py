@@ -68,7 +68,7 @@ def load_after_each_damage(config: Any) -> list[tuple[str, str, str, int, bool]]
                 strict.load_latest()
             except UserError as error:
                 message = str(error)
-            with warnings_of("gtpo_megatron.policy.checkpoint") as warned:
+            with warnings_of("gtpo_megatron.policy.checkpoint.checkpointer") as warned:
                 state = lenient.load_latest()
             name = path.relative_to(newest).as_posix()
             reports.append((name, damage.__name__, message, state.step, any(str(path) in w for w in warned)))
@@ -166,7 +166,7 @@ def hostile_common_state(weights: Path, attack: CreatesAFile) -> None:
 
 def hostile_shard(weights: Path, attack: CreatesAFile) -> None:
     """Every tensor is the attack."""
-    from gtpo_megatron.policy.checkpoint_safety import read_metadata
+    from gtpo_megatron.policy.checkpoint.safety import read_metadata
 
     torch.save(attack, weights / "__0_0.distcp")
     metadata = read_metadata(weights)
@@ -191,7 +191,7 @@ def test_a_hostile_file_is_not_executed(
 
 
 def test_metadata_may_not_point_outside_the_checkpoint(saved: Any, tmp_path: Path) -> None:
-    from gtpo_megatron.policy.checkpoint_safety import read_metadata
+    from gtpo_megatron.policy.checkpoint.safety import read_metadata
 
     weights = copy_of(saved, tmp_path).path / "checkpoints" / "step-000002" / "weights"
     metadata = read_metadata(weights)
@@ -203,7 +203,7 @@ def test_metadata_may_not_point_outside_the_checkpoint(saved: Any, tmp_path: Pat
 
 
 def forge_manifest(checkpoint: Path) -> None:
-    from gtpo_megatron.policy import checkpoint_files as files
+    from gtpo_megatron.policy.checkpoint import files
 
     (checkpoint / files.MANIFEST).unlink()
     files.write_manifest(checkpoint, 2, files.describe_and_flush(checkpoint, files.files_below(checkpoint)))

@@ -17,7 +17,7 @@ from tests.policy import training
 
 
 def to_megatron(source: Path, output: Path, parallel: dict[str, Any], dtype: str) -> Any:
-    from gtpo_megatron.policy import convert
+    from gtpo_megatron.policy.exchange import convert
 
     layout = ParallelConfig(**parallel)
     convert.start_ranks(layout)
@@ -27,7 +27,7 @@ def to_megatron(source: Path, output: Path, parallel: dict[str, Any], dtype: str
 def to_hf(
     source: Path, output: Path, parallel: dict[str, Any], dtype: str | None, shard_bytes: int = 100_000
 ) -> Any:
-    from gtpo_megatron.policy import convert
+    from gtpo_megatron.policy.exchange import convert
 
     layout = ParallelConfig(**parallel)
     convert.start_ranks(layout)
@@ -35,14 +35,14 @@ def to_hf(
 
 
 def verify(a: Path, b: Path) -> Any:
-    from gtpo_megatron.policy import convert
+    from gtpo_megatron.policy.exchange import convert
 
     convert.start_ranks(ParallelConfig())
     return convert.verify_only(a, b, ParallelConfig())
 
 
 def rewrite(source: Path, output: Path, parallel: dict[str, Any]) -> Any:
-    from gtpo_megatron.policy import convert
+    from gtpo_megatron.policy.exchange import convert
 
     layout = ParallelConfig(**parallel)
     convert.start_ranks(layout)
@@ -159,7 +159,7 @@ def refused(function: Any, *args: Any) -> str:
 
 def convert_with_a_wrong_weight(source: Path, output: Path) -> str:
     """A converter that swaps two values must be caught by its proof."""
-    from gtpo_megatron.policy import convert
+    from gtpo_megatron.policy.exchange import convert
 
     genuine = convert.open_policy
 

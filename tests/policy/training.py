@@ -12,7 +12,7 @@ from gtpo_megatron.policy import platform
 platform.install()
 
 from gtpo_megatron.policy.batch import MicroBatch  # noqa: E402
-from gtpo_megatron.policy.checkpoint import Checkpointer, TrainState  # noqa: E402
+from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState  # noqa: E402
 from gtpo_megatron.policy.head import TokenStatistics  # noqa: E402
 from gtpo_megatron.policy.model import Policy, build_policy, export_hf_weights, initialize_parallel  # noqa: E402
 from gtpo_megatron.policy.objective import Objective, Report  # noqa: E402

@@ -7,12 +7,12 @@ from unittest.mock import patch
 
 import torch
 
-from gtpo_megatron import batches
 from gtpo_megatron import train as loop
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang import weights
-from gtpo_megatron.run import Run
+from gtpo_megatron.run import batches
+from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.record import Trajectory
 
 OVERLAP_S = 120.0

@@ -1,0 +1,225 @@
+"""A run on one page: a Markdown summary, a plot, and a table in the terminal."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from gtpo_megatron.analysis.figures import plot_run
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.run.metrics import Metric, read_metrics
+from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.store import TrajectoryStore
+
+_ESSENTIALS = (
+    "model.path",
+    "model.dtype",
+    "algorithm.name",
+    "algorithm.compat",
+    "data.path",
+    "rollout.engine",
+    "rollout.prompts_per_step",
+    "rollout.group_size",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "training.steps",
+    "training.sft_batch_size",
+    "training.seed",
+    "optimizer.lr",
+    "parallel.tensor",
+    "parallel.pipeline",
+)
+_NOT_FOR = {
+    "sft": ("rollout.", "algorithm.compat"),
+    "gtpo": ("training.sft_",),
+    "grpo": ("training.sft_", "algorithm.compat"),
+}
+_EXAMPLE_CHARACTERS = 600
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric at the start and at the end of a run."""
+
+    name: str
+    first: float
+    last: float
+
+
+def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
+    """Write `summary.md` and `report.png` into the run's directory, print the main table, and return the summary's path.
+
+    Raises:
+        UserError: the directory is no run's, holds no step yet, or one of its files is damaged.
+    """
+    run_dir = Path(run_dir)
+    config = _read_config(run_dir / "config.yaml")
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    if not rows:
+        raise UserError(
+            f"{run_dir / 'metrics.jsonl'}: no step is finished yet, so there is nothing to report"
+        )
+    window = max(1, min(5, len(_training_rows(rows)) // 4))
+    changes = _changes(rows, window)
+
+    plot_run(rows, run_dir / "report.png", title=config["name"])
+    summary = run_dir / "summary.md"
+    summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+    _print(console or Console(), run_dir, rows, changes, window)
+    return summary
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+
+
+def _training_rows(rows: list[dict[str, Metric]]) -> list[dict[str, Metric]]:
+    """Steps of training; a line of step 0 holds what was measured before it."""
+    return [row for row in rows if row["step"]]
+
+
+def _changes(rows: list[dict[str, Metric]], window: int) -> list[Change]:
+    """First and last value of every metric: means over `window` steps, of an evaluation its own value."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    changes = []
+    for name in names:
+        values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+        if name in ("step", "time") or name.startswith("seconds/") or not values:
+            continue
+        n = 1 if name.startswith("eval/") else window
+        changes.append(Change(name, float(np.mean(values[:n])), float(np.mean(values[-n:]))))
+    return changes
+
+
+def _stages(rows: list[dict[str, Metric]]) -> dict[str, float]:
+    """Mean seconds per step of each stage, over the steps of training."""
+    rows = _training_rows(rows)
+    steps = len({row["step"] for row in rows})  # an evaluation may be a line of its own
+    names = sorted({name for row in rows for name in row if name.startswith("seconds/")})
+    return {
+        name.removeprefix("seconds/"): sum(row.get(name) or 0.0 for row in rows) / steps for name in names
+    }
+
+
+def _summary(
+    run_dir: Path, config: dict[str, Any], rows: list[dict[str, Metric]], changes: list[Change], window: int
+) -> str:
+    minutes = (rows[-1]["time"] - rows[0]["time"]) / 60
+    steps = rows[-1]["step"]
+    lines = [
+        f"# {config['name']}",
+        "",
+        f"{config['algorithm']['name'].upper()}, {steps} of {config['training']['steps']} steps, "
+        f"{minutes:.1f} minutes from the first line of metrics to the last.",
+        "",
+        "![metrics over steps](report.png)",
+        "",
+        "## What was run",
+        "",
+        *_markdown_table(("key", "value"), _essentials(config)),
+        "",
+        "## First and last",
+        "",
+        f"Metrics of the first and the last {_steps_text(window)}{', averaged' if window > 1 else ''}; evaluations are "
+        "the first and the last one.",
+        "",
+        *_markdown_table(
+            ("metric", "first", "last"), [(c.name, _number(c.first), _number(c.last)) for c in changes]
+        ),
+    ]
+    stages = _stages(rows)
+    if stages:
+        total = sum(stages.values()) or 1.0
+        table = [(name, f"{seconds:.2f}", f"{seconds / total:.0%}") for name, seconds in stages.items()]
+        lines += ["", "## Seconds per step", "", *_markdown_table(("stage", "seconds", "share"), table)]
+    lines += _trajectory_section(TrajectoryStore(run_dir / "trajectories"))
+    lines += ["", "## Files", "", *(f"- `{name}`" for name in _files(run_dir)), ""]
+    return "\n".join(lines)
+
+
+def _trajectory_section(store: TrajectoryStore) -> list[str]:
+    steps = store.steps()
+    trajectories = store.read(steps[-1]) if steps else []
+    if not trajectories:
+        return []
+    best = max(trajectories, key=lambda trajectory: trajectory.reward)
+    return [
+        "",
+        f"## The best completion of step {steps[-1]}",
+        "",
+        f"Prompt {best.prompt_id}, reference answer `{best.answer}`, reward {best.reward:g}{_terms_text(best)}, "
+        f"{best.length} tokens, ended by {best.finish_reason}.",
+        "",
+        *(f"    {line}" for line in best.text[:_EXAMPLE_CHARACTERS].splitlines()),
+        *(["    ..."] if len(best.text) > _EXAMPLE_CHARACTERS else []),
+    ]
+
+
+def _terms_text(trajectory: Trajectory) -> str:
+    terms = ", ".join(f"{name} {value:g}" for name, value in trajectory.reward_terms.items())
+    return f" ({terms})" if terms else ""
+
+
+def _essentials(config: dict[str, Any]) -> list[tuple[str, str]]:
+    hidden = _NOT_FOR.get(config["algorithm"]["name"], ())
+    pairs = []
+    for key in _ESSENTIALS:
+        section, name = key.split(".")
+        value = config.get(section, {}).get(name)
+        if value is not None and not key.startswith(hidden):
+            pairs.append((f"`{key}`", f"`{value}`"))
+    return pairs
+
+
+def _files(run_dir: Path) -> list[str]:
+    names = {
+        path.name + ("/" if path.is_dir() else "")
+        for path in run_dir.iterdir()
+        if not path.name.startswith(".")
+    }
+    return sorted(names | {"summary.md"})
+
+
+def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in (
+            header,
+            ("---",) * len(header),
+            *(tuple(c.replace("|", r"\|") for c in row) for row in rows),
+        )
+    ]
+
+
+def _print(
+    console: Console, run_dir: Path, rows: list[dict[str, Metric]], changes: list[Change], window: int
+) -> None:
+    table = Table(title=f"{run_dir.name}: step {rows[-1]['step']}", title_justify="left")
+    table.add_column("metric")
+    table.add_column(f"first {_steps_text(window)}", justify="right")
+    table.add_column(f"last {_steps_text(window)}", justify="right")
+    for change in changes:
+        table.add_row(change.name, _number(change.first), _number(change.last))
+    console.print(table)
+    for name in ("summary.md", "report.png"):
+        console.print(str(run_dir / name), markup=False, highlight=False, soft_wrap=True)
+
+
+def _steps_text(window: int) -> str:
+    return "step" if window == 1 else f"{window} steps"
+
+
+def _number(value: float) -> str:
+    if value and math.isfinite(value) and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

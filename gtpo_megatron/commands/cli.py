@@ -1,0 +1,239 @@
+"""The command line. Heavy imports stand inside the commands, so that --help and a mistyped key answer at once."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gtpo_megatron import __version__
+from gtpo_megatron.commands.convert import convert_app
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import UserError
+
+app = typer.Typer(
+    name="gtpo-megatron",
+    help="GTPO on Megatron-Core: train, evaluate and inspect policies.\n\n"
+    "A recipe is a YAML file; later YAML files overlay earlier ones, and key.path=value overrides come last.",
+    epilog="First steps:\n\n"
+    "gtpo-megatron doctor\n\n"
+    "gtpo-megatron train recipes/quickstart.yaml\n\n"
+    "gtpo-megatron --install-completion",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(convert_app, name="convert")
+
+YAML_SUFFIXES = (".yaml", ".yml")
+GRACE_S = 10.0  # how long other ranks let rank 0 speak first
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Shell completion: dotted keys, YAML files, and folders on the way to one."""
+    from gtpo_megatron.config.loading import known_keys
+
+    keys = [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+    return [*keys, *glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/")]
+
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        help="Recipe file, e.g. recipes/quickstart.yaml", metavar="RECIPE.yaml", show_default=False
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Overlay files and overrides, in any order: recipes/cluster/site.yaml optimizer.lr=2e-6 parallel.tensor=2",
+        metavar="OVERLAY.yaml|KEY=VALUE",
+        show_default=False,
+        autocompletion=complete_setting,
+    ),
+]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "gtpo-megatron train recipes/quickstart.yaml training.seed=1\n\n"
+    "gtpo-megatron train RECIPE.yaml recipes/cluster/SITE.yaml --dry-run --world-size 16\n\n"
+    "torchrun --nproc-per-node 4 -m gtpo_megatron train RECIPE.yaml parallel.tensor=2"
+)
+def train(
+    recipe: Recipe,
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check all, print the resolved configuration, rank layout and sizes; stop."
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ranks to lay out in a dry run. Default: torchrun's, else the fewest.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a policy (algorithm.name: gtpo, grpo or sft).
+
+    Runs on this process alone, or on all ranks that torchrun starts.
+    """
+    from gtpo_megatron.plan.checks import check_run
+
+    if world_size is not None and not dry_run:
+        raise UserError(
+            "--world-size is for --dry-run; a real run has the ranks that torchrun starts (--nproc-per-node)"
+        )
+    config = _load(recipe, settings)
+    if dry_run:
+        _dry_run(config, world_size)
+        return
+    check_run(config, _env_world_size() or 1)
+    from gtpo_megatron.train import train as run_training
+
+    raise typer.Exit(run_training(config))
+
+
+@app.command(epilog="Example: gtpo-megatron evaluate RECIPE.yaml model.path=runs/x/hf evaluation.samples=8")
+def evaluate(recipe: Recipe, settings: Settings = None) -> None:
+    """Score a checkpoint on evaluation.data, and print the figures as JSON."""
+    from gtpo_megatron.plan.checks import check_run
+
+    config = _load(recipe, settings)
+    if config.evaluation.data is None:
+        raise UserError(
+            "evaluation.data is missing: say which prompts to evaluate on (evaluation.data.path=...)"
+        )
+    check_run(config, _env_world_size() or 1)
+    from gtpo_megatron.evaluation import evaluate_checkpoint
+
+    figures = evaluate_checkpoint(config)
+    if _rank() == 0:
+        typer.echo(json.dumps(figures, indent=2))
+
+
+@app.command(epilog="Example: gtpo-megatron report runs/quickstart")
+def report(
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="The run's directory: <dir>/<name> of its recipe", metavar="RUN_DIR", show_default=False
+        ),
+    ],
+) -> None:
+    """Summarise a run: a table here, summary.md and report.png in its directory."""
+    from gtpo_megatron.analysis.report import write_report
+
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir}: no metrics.jsonl there; give a run's directory, e.g. runs/quickstart")
+    write_report(run_dir)
+
+
+@app.command(name="verify-resume", epilog="Example: gtpo-megatron verify-resume runs/quickstart")
+def verify_resume(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory", metavar="RUN_DIR", show_default=False)],
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the short copy.")] = 3,
+) -> None:
+    """Show on a short copy of a run that an interrupted training goes on to the same metrics. Exit code 1 if not."""
+    from gtpo_megatron.run.verify_resume import verify_resume as verify
+
+    report = verify(run_dir, steps=steps)
+    typer.echo(report.summary())
+    raise typer.Exit(int(not report.exact))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Show what this machine has and can do, and what to install. Exit code 1 if something is broken."""
+    from gtpo_megatron.machine.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    else:
+        print_findings(findings, Console())
+    raise typer.Exit(int(any(finding.status == "error" for finding in findings)))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a UserError becomes one message on standard error and exit code 2."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(
+            0, os.getcwd()
+        )  # a recipe's own functions import alike from the script and from `python -m`
+    try:
+        app(args=arguments)
+    except UserError as error:
+        if os.environ.get("GTPO_TRACEBACK") == "1":
+            raise
+        _say(error)
+        sys.exit(2)
+
+
+def _say(error: UserError) -> None:
+    """Print the message once: rank 0 at once, another rank only if the launcher has not ended it a while later.
+
+    All ranks usually meet the same error. An error of one rank alone must not go unsaid, and a rank that exits before
+    rank 0 has spoken makes torchrun end rank 0.
+    """
+    rank = _rank()
+    if rank:
+        time.sleep(GRACE_S)
+    print(f"gtpo-megatron: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def _load(recipe: Path, settings: Sequence[str] | None) -> RunConfig:
+    from gtpo_megatron.config.loading import load_config
+
+    settings = list(settings or [])
+    overlays = [s for s in settings if "=" not in s and s.endswith(YAML_SUFFIXES)]
+    return load_config([recipe, *overlays], [s for s in settings if s not in overlays])
+
+
+def _dry_run(config: RunConfig, world_size: int | None) -> None:
+    from gtpo_megatron.config.loading import to_yaml
+    from gtpo_megatron.plan.checks import check_run
+    from gtpo_megatron.plan.layout import smallest_world
+    from gtpo_megatron.plan.table import print_layout
+
+    world = world_size or _env_world_size() or smallest_world(config.parallel)
+    shape = check_run(config, world)
+    if _rank() == 0:
+        typer.echo(to_yaml(config))
+        print_layout(config, shape, world, Console())
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _env_world_size() -> int | None:
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None

@@ -1,0 +1,39 @@
+"""`rewards`: what a completion is worth."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gtpo_megatron.config.section import Section
+
+
+class RewardTerm(Section):
+    """One weighted term of the reward."""
+
+    kind: Literal["paper_format", "paper_correctness", "math_verify", "format", "python"] = Field(
+        description="one of the built-in terms, or python for a function of yours"
+    )
+    name: str | None = Field(None, description="name in the metrics; default: the kind")
+    weight: float = Field(1.0, description="factor of the term in the reward")
+    function: str | None = Field(None, description="package.module:function, for kind python")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+
+    @model_validator(mode="after")
+    def _function(self) -> Self:
+        if (self.kind == "python") != (self.function is not None):
+            raise ValueError("rewards.terms[].function goes with kind: python, and only with it")
+        return self
+
+
+class RewardConfig(Section):
+    """What a completion is worth, and how its scoring is bounded."""
+
+    terms: tuple[RewardTerm, ...] = Field(
+        (RewardTerm(kind="paper_format"), RewardTerm(kind="paper_correctness")),
+        description="summed with their weights; default: the paper's reward",
+    )
+    workers: int = Field(2, ge=1, description="worker processes")
+    timeout_s: float = Field(10.0, gt=0, description="limit for scoring one completion")
+    max_failed_share: float = Field(
+        0.5, ge=0, le=1, description="above this share of failed scorings in a step the run stops"
+    )

@@ -1,0 +1,408 @@
+"""What can be known to be wrong before a model is built: the run against its checkpoint's config.json and this machine."""
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from gtpo_megatron.config import DataConfig, ParallelConfig, RunConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.machine.probe import FP8_CAPABILITY, Machine, this_machine
+from gtpo_megatron.plan.layout import (
+    HFShape,
+    data_parallel_size,
+    expert_tensor_size,
+    hf_shape,
+    sequence_alignment,
+)
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+def check_run(config: RunConfig, world_size: int, machine: Machine | None = None) -> HFShape:
+    """Check every rule that needs no model; takes seconds.
+
+    Raises:
+        UserError: naming all broken rules at once, each with key, value and rule.
+    """
+    machine = machine or this_machine()
+    problems = [*settings_problems(config), *server_problems(config, machine)]
+    problems += _raised(lambda: _check_data_path(config.data, "data"))
+    if config.evaluation.data is not None:
+        problems += _raised(lambda: _check_data_path(config.evaluation.data, "evaluation.data"))
+    problems += reward_problems(config)
+    shape = None
+    try:
+        shape = read_shape(config.model.path)
+    except UserError as error:
+        problems.append(str(error))
+    if shape is not None:
+        problems += layout_problems(config.parallel, shape, world_size)
+        problems += length_problems(config, shape)
+        problems += precision_problems(config, shape, machine)
+        problems += batch_problems(config, world_size)
+        problems += checkpoint_problems(Path(config.model.path))
+        problems += _raised(lambda: _check_tokenizer(config, shape))
+    if problems:
+        header = [f"{len(problems)} problems with this run:"] if len(problems) > 1 else []
+        raise UserError("\n  ".join([*header, *problems]))
+    return shape
+
+
+def read_shape(path: str) -> HFShape:
+    """The shape of a supported checkpoint, from its config.json alone (a local directory or a hub name)."""
+    from transformers import AutoConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path: {path}: no config.json there; give a Hugging Face checkpoint directory")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.path: {path}: neither a checkpoint directory nor a hub name that loads: {reason}"
+        ) from error
+    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"model.path: {path}: {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    if unsupported := _unsupported_variant(config):
+        raise UserError(
+            f"model.path: {path}: config.json has {unsupported}, which the Megatron model does not have"
+        )
+    return hf_shape(config)
+
+
+def settings_problems(config: RunConfig) -> Iterator[str]:
+    """Settings that contradict each other, or that would silently have no effect."""
+    rollout, server = config.rollout, config.rollout.sglang
+    sampled = config.algorithm.name != "sft"
+    if rollout.engine == "embedded":
+        for key, value in _changed(server, "rollout.sglang"):
+            yield f"{key}: {value!r} has no effect with rollout.engine: embedded; set rollout.engine: sglang or drop it"
+        if rollout.oversample > 1:
+            yield (
+                f"rollout.oversample: {rollout.oversample} needs rollout.engine: sglang; "
+                "the embedded engine finishes its groups together, so there is no long tail to cut"
+            )
+        if rollout.staleness > 1:
+            yield (
+                f"rollout.staleness: {rollout.staleness} needs rollout.engine: sglang; the embedded engine samples one "
+                "batch ahead at most, so that a seed fixes the weights of every batch"
+            )
+    else:
+        if rollout.batch_size != type(rollout).model_fields["batch_size"].default:
+            yield (
+                f"rollout.batch_size: {rollout.batch_size} belongs to rollout.engine: embedded; "
+                "with sglang set rollout.sglang.concurrency"
+            )
+        if server.urls and server.urls_file:
+            yield "rollout.sglang.urls and rollout.sglang.urls_file: give one of the two"
+        for key in ("servers", "tensor", "first_gpu"):
+            value = getattr(server, key)
+            if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
+                yield f"rollout.sglang.{key}: {value}: servers are given by URL, so none is started; drop one of the two"
+        if server.host not in ("127.0.0.1", "localhost", "::1") and server.api_key is None:
+            yield (
+                f"rollout.sglang.host: {server.host} is reachable from other machines: "
+                "set rollout.sglang.api_key (e.g. env:SGLANG_API_KEY)"
+            )
+        if server.partial and not (rollout.staleness or server.group_timeout_s or rollout.oversample > 1):
+            yield (
+                "rollout.sglang.partial: true continues unfinished completions, but here none is ever left unfinished: "
+                "it needs rollout.staleness, rollout.sglang.group_timeout_s or rollout.oversample"
+            )
+    off_policy = config.algorithm.importance.level != "off" or config.algorithm.old_logprobs == "sampler"
+    if server.partial and rollout.oversample > 1 and not off_policy:
+        yield (
+            "rollout.sglang.partial: true with rollout.oversample trains on tokens of older weights: set "
+            "algorithm.importance.level: token (or sequence), or algorithm.old_logprobs: sampler"
+        )
+    if sampled and rollout.staleness and not off_policy:
+        yield (
+            f"rollout.staleness: {rollout.staleness} trains on completions of older weights: set "
+            "algorithm.importance.level: token (or sequence), or algorithm.old_logprobs: sampler"
+        )
+    if not sampled and rollout.staleness:
+        yield f"rollout.staleness: {rollout.staleness} has no meaning with algorithm.name: sft, which samples nothing"
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr: {config.optimizer.lr}"
+    if config.optimizer.warmup_steps > config.training.steps:
+        yield (
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is above training.steps: {config.training.steps}; "
+            "the learning rate would never be reached"
+        )
+    if config.model.fp8 != "none" and config.model.dtype != "bf16":
+        yield f"model.fp8: {config.model.fp8} needs model.dtype: bf16, not {config.model.dtype}"
+    if config.model.fp8 != "none" and config.model.layers == "local":
+        yield f"model.fp8: {config.model.fp8} needs Transformer Engine's layers, not model.layers: local"
+
+
+def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """SGLang servers to be started here for which there are no GPUs."""
+    server = config.rollout.sglang
+    given = server.urls or server.urls_file
+    if config.rollout.engine != "sglang" or given or not machine.gpus:
+        return
+    gpus = server.gpus(machine.local_ranks)
+    if gpus.stop > machine.gpus:
+        yield (
+            f"rollout.sglang: {server.servers} servers of tensor {server.tensor} would take the GPUs {gpus.start} to "
+            f"{gpus.stop - 1}, but this process sees {machine.gpus}: start fewer ranks or servers here, give servers by "
+            "URL, or set rollout.sglang.first_gpu to share GPUs (with --mem-fraction-static in rollout.sglang.args)"
+        )
+
+
+def layout_problems(parallel: ParallelConfig, shape: HFShape, world_size: int) -> Iterator[str]:
+    """Sizes that do not divide over the ranks."""
+    tensor = parallel.tensor
+    for what, size in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads)):
+        if size % tensor:
+            yield _indivisible("parallel.tensor", tensor, f"{size} {what}", size)
+    if not shape.experts and shape.ffn % tensor:
+        yield _indivisible("parallel.tensor", tensor, f"{shape.ffn} units of the MLP", shape.ffn)
+    if shape.experts and shape.expert_ffn % expert_tensor_size(parallel):
+        yield _indivisible(
+            "parallel.tensor", tensor, f"{shape.expert_ffn} units of an expert", shape.expert_ffn
+        )
+    if parallel.sequence and shape.hidden % tensor:
+        yield _indivisible("parallel.tensor", tensor, f"hidden size {shape.hidden}", shape.hidden)
+
+    chunks = parallel.virtual_pipeline or 1
+    if shape.layers % parallel.pipeline:
+        yield _indivisible("parallel.pipeline", parallel.pipeline, f"{shape.layers} layers", shape.layers)
+    elif shape.layers % (parallel.pipeline * chunks):
+        per_rank = shape.layers // parallel.pipeline
+        what = f"{per_rank} layers of a pipeline rank"
+        yield _indivisible("parallel.virtual_pipeline", chunks, what, per_rank, least=2)
+
+    if parallel.expert > 1 and not shape.experts:
+        yield f"parallel.expert: {parallel.expert}: {shape.architecture} has no experts; set it to 1"
+    elif shape.experts and shape.experts % parallel.expert:
+        yield _indivisible("parallel.expert", parallel.expert, f"{shape.experts} experts", shape.experts)
+    if shape.experts and tensor > 1 and not parallel.sequence:
+        yield f"parallel.tensor: {tensor} with experts needs parallel.sequence: true"
+
+    model = tensor * parallel.pipeline * parallel.context
+    if world_size % model:
+        yield (
+            f"the world has {world_size} rank{'s' * (world_size != 1)}, not a multiple of parallel.tensor x pipeline x context "
+            f"= {tensor} x {parallel.pipeline} x {parallel.context} = {model}; "
+            f"start with torchrun --nproc-per-node {model} (or a multiple), or lower them"
+        )
+    experts = expert_tensor_size(parallel) * parallel.expert * parallel.pipeline
+    if parallel.expert > 1 and shape.experts and world_size % experts:
+        yield (
+            f"parallel.expert: {parallel.expert}: the world of {world_size} is not a multiple of "
+            f"expert x pipeline = {parallel.expert} x {parallel.pipeline}"
+        )
+
+
+def length_problems(config: RunConfig, shape: HFShape) -> Iterator[str]:
+    """Prompts and completions that fit neither the model's positions nor a micro-batch."""
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    longest = prompt + completion
+    asked = f"data.max_prompt_tokens + rollout.max_new_tokens = {prompt} + {completion} = {longest}"
+    if longest > shape.max_positions:
+        yield f"{asked}: above the model's {shape.max_positions} positions (max_position_embeddings); lower one of them"
+    alignment = sequence_alignment(config.parallel)
+    padded = -(-longest // alignment) * alignment
+    if padded > config.training.micro_batch_tokens:
+        padding = f", padded to {padded} for sequence and context parallelism" if padded != longest else ""
+        yield (
+            f"training.micro_batch_tokens: {config.training.micro_batch_tokens} cannot hold the longest sequence: "
+            f"{asked}{padding}"
+        )
+    if (evaluation := config.evaluation.data) is not None:
+        new = config.evaluation.max_new_tokens or completion
+        if evaluation.max_prompt_tokens + new > shape.max_positions:
+            yield (
+                f"evaluation.data.max_prompt_tokens + new tokens = {evaluation.max_prompt_tokens} + {new}: "
+                f"above the model's {shape.max_positions} positions (max_position_embeddings)"
+            )
+
+
+def precision_problems(config: RunConfig, shape: HFShape, machine: Machine) -> Iterator[str]:
+    """Number formats and layers that this machine cannot run."""
+    fp8 = config.model.fp8
+    wants = [("model.fp8", fp8)] if fp8 != "none" else []
+    if config.model.layers == "transformer_engine":
+        wants.append(("model.layers", "transformer_engine"))
+    for key, value in wants:
+        if not machine.transformer_engine:
+            yield f"{key}: {value} needs Transformer Engine, which is not installed here (see gtpo-megatron doctor)"
+        if machine.cuda_capability is None:
+            yield f"{key}: {value} needs a CUDA GPU; there is none here"
+    if fp8 == "none":
+        return
+    if machine.cuda_capability is not None and machine.cuda_capability < FP8_CAPABILITY:
+        major, minor = machine.cuda_capability
+        yield f"model.fp8: {fp8} needs compute capability 8.9 or higher (Ada, Hopper); this GPU has {major}.{minor}"
+    sizes = {
+        "hidden size": shape.hidden,
+        "attention width per rank": shape.heads * shape.head_dim // config.parallel.tensor,
+    }
+    width = (
+        shape.expert_ffn // expert_tensor_size(config.parallel)
+        if shape.experts
+        else shape.ffn // config.parallel.tensor
+    )
+    for what, size in (sizes | {"MLP width per rank": width}).items():
+        if size % 16:
+            yield f"model.fp8: {fp8} needs matrix sizes that are multiples of 16; {what} is {size}"
+
+
+def batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Fewer sequences in a step than data-parallel ranks to share them."""
+    replicas = data_parallel_size(config.parallel, world_size)
+    if config.algorithm.name == "sft":
+        asked, sequences = "training.sft_batch_size", config.training.sft_batch_size
+    else:
+        asked = "rollout.prompts_per_step x group_size"
+        sequences = config.rollout.prompts_per_step * config.rollout.group_size
+    if sequences < replicas:
+        yield f"{asked} = {sequences}: fewer sequences in a step than the {replicas} data-parallel ranks that share them"
+
+
+def reward_problems(config: RunConfig) -> Iterator[str]:
+    """Reward functions that do not import, and terms whose metrics would overwrite each other."""
+    if config.algorithm.name == "sft":
+        return
+    names = [term.name or term.kind for term in config.rewards.terms]
+    if not names:
+        yield "rewards.terms: the list is empty, so every reward would be 0; give at least one term"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"rewards.terms: two terms are called {name}; give each its own rewards.terms[].name"
+    for index, term in enumerate(config.rewards.terms):
+        if term.function is not None and (problem := _import_problem(term.function)):
+            yield f"rewards.terms[{index}].function: {term.function}: {problem}"
+
+
+def checkpoint_problems(directory: Path) -> Iterator[str]:
+    """Missing or damaged weight files of a local checkpoint; nothing for a hub name."""
+    if not directory.is_dir():
+        return
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (directory / "model.safetensors").is_file():
+            older = (
+                ", but a pytorch_model.bin: convert it with save_pretrained"
+                if any(directory.glob("*.bin"))
+                else ""
+            )
+            yield f"model.path: {directory}: no safetensors weights there{older}"
+        else:
+            yield from _shard_problems(directory / "model.safetensors", None)
+        return
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        yield f"model.path: {index}: not a safetensors index ({error}); fetch the checkpoint again"
+        return
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if not (directory / name).is_file()]
+    if missing:
+        yield (
+            f"model.path: {directory}: {len(missing)} of {len(shards)} weight files named in {index.name} are missing: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; fetch the checkpoint again"
+        )
+    for name in sorted(set(shards) - set(missing)):
+        yield from _shard_problems(directory / name, {k for k, shard in weight_map.items() if shard == name})
+
+
+def _shard_problems(file: Path, expected: set[str] | None) -> Iterator[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(
+            file, framework="np"
+        ) as tensors:  # reads the header, and compares it with the file's size
+            lacking = (expected or set()) - set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        yield f"model.path: {file}: damaged or cut short ({error}); fetch the checkpoint again"
+        return
+    if lacking:
+        yield f"model.path: {file}: lacks {len(lacking)} tensors that the index places there, e.g. {min(lacking)}"
+
+
+def _unsupported_variant(config: Any) -> str | None:
+    """A key of config.json that changes the computation in a way that the Megatron model would silently not follow."""
+    architecture = config.architectures[0]
+    variants = {
+        "attention_bias: true": getattr(config, "attention_bias", False)
+        and architecture != "Qwen2ForCausalLM",
+        "mlp_bias: true": getattr(config, "mlp_bias", False),
+        "use_sliding_window: true": getattr(config, "use_sliding_window", False),
+        "mlp_only_layers": bool(getattr(config, "mlp_only_layers", None)),
+        "decoder_sparse_step other than 1": getattr(config, "decoder_sparse_step", 1) != 1,
+        f"hidden_act: {config.hidden_act}": config.hidden_act != "silu",
+    }
+    return next((name for name, present in variants.items() if present), None)
+
+
+def _check_data_path(data: DataConfig, key: str) -> None:
+    from gtpo_megatron.data.rows import resolve_source
+
+    try:
+        resolve_source(data)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", f"{key}.path", 1)) from error
+
+
+def _check_tokenizer(config: RunConfig, shape: HFShape) -> None:
+    from transformers import AutoTokenizer
+
+    from gtpo_megatron.data.prompts import check_tokenizer
+
+    path = config.model.tokenizer or config.model.path
+    key = "model.tokenizer" if config.model.tokenizer else "model.path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exception on a damaged tokenizer.json
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}: {path}: the tokenizer does not load: {reason}") from error
+    check_tokenizer(tokenizer, config.data.chat)
+    if len(tokenizer) > shape.vocab:
+        raise UserError(
+            f"{key}: {path}: the tokenizer has {len(tokenizer)} tokens, the model only {shape.vocab}; they do not belong together"
+        )
+
+
+def _raised(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _import_problem(path: str) -> str | None:
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        return "expected package.module:function"
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        return f"{module_name} does not import: {type(error).__name__}: {error}"
+    function = getattr(module, name, None)
+    if function is None:
+        return f"{module_name} has no {name}"
+    return None if callable(function) else f"{name} is not callable"
+
+
+def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Keys of a section whose value is not the default."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value != field.default:
+            yield f"{prefix}.{name}", value
+
+
+def _indivisible(key: str, value: int, what: str, size: int, least: int = 1) -> str:
+    divisors = [d for d in range(least, min(size, 64) + 1) if size % d == 0]
+    return f"{key}: {value} does not divide the {what}; possible: {', '.join(map(str, divisors)) or 'none'}"

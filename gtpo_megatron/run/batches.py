@@ -1,0 +1,178 @@
+"""Batches of analysed trajectories, one a step: sampled now, sampled ahead, or read back after a restart.
+
+A step's batch is stored, with the position of the prompt sampler behind it, before it is trained on. So a run that goes on
+from a checkpoint uses the batches that are stored already, and no prompt is lost or taken twice.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron.policy.model import world_rank
+from gtpo_megatron.rollout.collect import (
+    GroupPrompt,
+    analyse,
+    gather,
+    sample_share,
+    solutions,
+    without_signal,
+)
+from gtpo_megatron.run.run import Run
+from gtpo_megatron.trajectories.record import Trajectory
+
+log = logging.getLogger(__name__)
+
+
+class Batches:
+    """The batches of a run in order. Use as a context; `next` and `settle` are collective."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._rollout = run.config.rollout
+        # prompts of later steps' batches, and this rank's share of the trajectories
+        self._ahead: dict[int, tuple[list[GroupPrompt], Future[list[Trajectory]]]] = {}
+        # sampler state before the prompts of each batch that is not stored yet
+        self._before: dict[int, dict[str, Any]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ahead and self._run.engine is not None:
+            self._run.engine.abort_all()
+        self._thread.shutdown(cancel_futures=True)
+
+    def next(self) -> list[Trajectory]:
+        """The batch of the run's current step; as many later ones as `rollout.staleness` allows are started."""
+        run, step = self._run, self._run.step
+        if run.config.algorithm.name == "sft":
+            return solutions(run.next_prompts(run.config.training.sft_batch_size, step), run.tokenizer, step)
+        with run.stage("rollout"):
+            batch = self._read(step) if self._is_stored(step) else self._finish(step)
+        for later in range(step + 1, min(step + 1 + self._rollout.staleness, run.config.training.steps)):
+            if self._is_stored(later):
+                self._advance_sampler(later)
+            elif later not in self._ahead:
+                prompts = self._prompts(later)
+                share = self._thread.submit(self._share, prompts, later, self._keep)
+                self._ahead[later] = prompts, share
+        return batch
+
+    def settle(self) -> None:
+        """Store the batches that are being sampled ahead, so that a checkpoint taken now loses none."""
+        for step in sorted(self._ahead):
+            self._finish(step)
+
+    @property
+    def sampler_state(self) -> dict[str, Any]:
+        """Where a resumed run has to go on with prompts: before those of the first batch that is not stored."""
+        return self._before[min(self._before)] if self._before else self._run.sampler.state_dict()
+
+    def _behind(self, step: int) -> dict[str, Any]:
+        """Sampler state behind the prompts of a batch: before those of the next, where these are already taken."""
+        later = [other for other in self._before if other > step]
+        return self._before[min(later)] if later else self._run.sampler.state_dict()
+
+    def _is_stored(self, step: int) -> bool:
+        return on_rank_zero(lambda: self._run.store.path(step).exists())
+
+    def _read(self, step: int) -> list[Trajectory]:
+        self._advance_sampler(step)
+        return on_rank_zero(lambda: self._run.store.read(step))
+
+    def _advance_sampler(self, step: int) -> None:
+        """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
+        behind = on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
+        if behind["taken"] > self._run.sampler.state_dict()["taken"]:
+            self._run.sampler.load_state_dict(behind)
+
+    @property
+    def _keep(self) -> int | None:
+        return self._rollout.prompts_per_step if self._rollout.oversample > 1 else None
+
+    def _prompts(self, step: int) -> list[GroupPrompt]:
+        self._before[step] = self._run.sampler.state_dict()
+        return self._run.next_prompts(
+            math.ceil(self._rollout.prompts_per_step * self._rollout.oversample), step
+        )
+
+    def _share(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
+        """This rank's part of the prompts, sampled and scored. No collectives: it may run beside training."""
+        run = self._run
+        if run.engine is None:
+            return []
+        own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
+        with run.engine_lock:  # one batch at a time
+            return sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
+
+    def _finish(self, step: int) -> list[Trajectory]:
+        """Sample the step's batch, or wait for it if it was started; replace groups, analyse, store."""
+        run, config = self._run, self._run.config
+        if step in self._ahead:
+            prompts, share = self._ahead.pop(step)
+            sampled = gather(_outcome(share.result))
+        else:
+            prompts = self._prompts(step)
+            sampled = self._gathered(prompts, step, self._keep)
+        self._put_back(prompts, sampled, step)
+        if config.rollout.dynamic_sampling.enabled:
+            sampled = self._replace_without_signal(sampled, step)
+        batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
+        with run.stage("store"):
+            notes = {"sampler": self._behind(step)}
+            on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
+        del self._before[step]
+        return batch
+
+    def _put_back(self, prompts: Sequence[GroupPrompt], sampled: Sequence[Trajectory], step: int) -> None:
+        """Prompts whose groups oversampling left unfinished go first into the next batch that takes prompts."""
+        finished = {t.group for t in sampled}
+        left = [prompt.index for prompt in prompts if prompt.group not in finished]
+        if not left:
+            return
+        log.info("step %d: %d of %d groups were not finished; put back", step + 1, len(left), len(prompts))
+        self._run.sampler.put_back(left)
+        for later, state in self._before.items():
+            if later > step:
+                state["returned"] += left
+
+    def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
+        return gather(_outcome(lambda: self._share(prompts, step, keep)))
+
+    def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
+        """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
+        unused = 1 + max(t.group for t in sampled)
+        for _ in range(self._rollout.dynamic_sampling.max_rounds):
+            silent = sorted(without_signal(sampled))
+            if not silent:
+                break
+            prompts = self._run.next_prompts(len(silent), step, first_group=unused)
+            unused += len(silent)
+            fresh = self._gathered(prompts, step, keep=None)
+            useful = sorted({t.group for t in fresh} - without_signal(fresh))
+            dropped = set(silent[: len(useful)])
+            log.info("step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent))
+            sampled = [t for t in sampled if t.group not in dropped] + [t for t in fresh if t.group in useful]
+        return sampled
+
+
+def _outcome(action: Callable[[], list[Trajectory]]) -> list[Trajectory] | Exception:
+    """An error of one rank travels to all through `gather`, instead of leaving them in a collective."""
+    try:
+        return action()
+    except Exception as error:
+        return error
+
+
+def _renumbered(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Groups numbered from 0 without gaps, in order."""
+    places = {group: place for place, group in enumerate(sorted({t.group for t in trajectories}))}
+    renumbered = [replace(t, group=places[t.group]) for t in trajectories]
+    return sorted(renumbered, key=lambda t: (t.group, t.index))

@@ -1,0 +1,396 @@
+"""Everything that a run holds, opened and closed in one place; `train.py` is the algorithm that walks over it."""
+
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gtpo_megatron.config import DataConfig, RunConfig
+from gtpo_megatron.config.loading import load_config, save_config
+from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
+from gtpo_megatron.data.sampler import PromptSampler
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
+from gtpo_megatron.policy.collective import on_rank_zero, together
+from gtpo_megatron.policy.model import (
+    DTYPES,
+    Policy,
+    build_policy,
+    export_hf_weights,
+    initialize_parallel,
+    world_rank,
+)
+from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
+from gtpo_megatron.policy.step import token_logprobs
+from gtpo_megatron.rewards.pool import RewardPool
+from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
+from gtpo_megatron.rollout.embedded import EmbeddedEngine
+from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
+from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
+from gtpo_megatron.run.progress import RunProgress
+from gtpo_megatron.trajectories.store import TrajectoryStore
+
+log = logging.getLogger("gtpo_megatron")
+
+# a resumed run may change these; anything else would make it another run
+RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
+FIXED = {
+    "training": ("seed", "sft_batch_size"),
+    "rollout": (
+        "engine",
+        "prompts_per_step",
+        "group_size",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+    ),
+    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_grad"),
+}
+
+
+CERTIFICATE_PROMPTS = 4
+
+
+class Run:
+    """A run in progress on this rank. Use as a context; building it is collective."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.path
+        self._stack = ExitStack()
+        self._stop_signal: int | None = None
+        self.seconds: dict[str, float] = {}  # of this step's stages
+        self._inner_seconds = 0.0  # of the stages inside the one that is open
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        config = self.config
+        platform.init_process_group()
+        self.main = world_rank() == 0
+        on_rank_zero(lambda: claim_directory(config))
+        self._stack.enter_context(logging_to(self.path / "logs" / f"rank-{world_rank()}.log"))
+        initialize_parallel(config.parallel, config.training.seed)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config.model.tokenizer or config.model.path
+        )
+        self.prompts = self._load_prompts(config.data)
+        self.evaluation_prompts = (
+            self._load_prompts(config.evaluation.data) if config.evaluation.data else None
+        )
+        self.sampler = PromptSampler(
+            len(self.prompts), config.training.seed, config.data.shuffle, self.prompts.fingerprint
+        )
+        self.policy: Policy = build_policy(
+            config.model, config.parallel, config.training, distributed_optimizer=config.optimizer.distributed
+        )
+        self.reference: Policy | None = None
+        if config.algorithm.kl_beta:
+            self.reference = build_policy(config.model, config.parallel, config.training, trained=False)
+        updates = config.training.steps * config.algorithm.updates_per_batch
+        self.optimizer: Optimizer = build_optimizer(config.optimizer, self.policy, updates)
+        self.store = TrajectoryStore(self.path / "trajectories")
+        self.checkpointer = Checkpointer(
+            self.path / "checkpoints", config, self.policy, self.optimizer, config.model.path
+        )
+        self._restore()
+        self._open_record()
+        self._open_sampling()
+        self._catch_signals()
+
+    def _load_prompts(self, data: DataConfig) -> PromptSet:
+        prompts = load_prompts(data, self.tokenizer)
+        log.info(
+            "%s: %d prompts of %d rows (%d too long, %d malformed)",
+            data.path,
+            len(prompts),
+            prompts.rows,
+            prompts.too_long,
+            prompts.skipped,
+        )
+        return prompts
+
+    def _restore(self) -> None:
+        state = self.checkpointer.load_latest() or TrainState(0, 0, None, self.sampler.state_dict())
+        self.sampler.load_state_dict(state.sampler)
+        self.step, self.version = state.step, state.weight_version
+        self.initial_entropy, self.bad_steps = state.initial_entropy, state.bad_steps
+        self.saved_step = state.step if state.step else -1
+
+    def _open_record(self) -> None:
+        self.metrics: MetricsWriter | None = None
+        if self.main:
+            self.metrics = self._stack.enter_context(MetricsWriter(self.path, self.config.logging))
+            self.metrics.truncate_after(self.step if self.step else -1)
+        self.progress: RunProgress = self._stack.enter_context(
+            RunProgress(self.config.training.steps, self.config.logging.progress, self.step, self.main)
+        )
+        if self.step:
+            self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
+        for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
+            if prompts is not None and (prompts.too_long or prompts.skipped):
+                self.progress.note(
+                    f"{name}: {prompts.too_long} prompts over the token limit and {prompts.skipped} malformed rows "
+                    f"left out of {prompts.rows}"
+                )
+
+    def _open_sampling(self) -> None:
+        config = self.config
+        self.engine: RolloutEngine | None = None
+        self.mismatch: dict[str, float] | None = None  # of the newest certificate
+        self.engine_lock = threading.Lock()
+        self.rewards: RewardPool | None = None
+        self.samples = config.algorithm.name != "sft" or config.evaluation.data is not None
+        if not self.samples:
+            return
+        embedded = config.rollout.engine == "embedded" or config.algorithm.name == "sft"
+        if embedded or self.main:
+            self.engine = self._make_engine(embedded)
+            self._stack.callback(self.engine.close)
+            if config.algorithm.name != "sft":
+                self.rewards = self._stack.enter_context(RewardPool(config.rewards))
+        self.publish_weights()
+
+    def _make_engine(self, embedded: bool) -> RolloutEngine:
+        config = self.config
+        if embedded:
+            return EmbeddedEngine(
+                config.model.path,
+                DTYPES[config.model.dtype],
+                platform.device(),
+                config.rollout.batch_size,
+                self.tokenizer.pad_token_id,
+            )
+        from gtpo_megatron.rollout.sglang.engine import SGLangEngine
+
+        return SGLangEngine(config.rollout.sglang, config.model.path, config.model.dtype, self.path / "logs")
+
+    def publish_weights(self) -> None:
+        """Give the engine the policy's weights, and see that it samples with them. Collective."""
+        if not self.samples:
+            return
+        self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
+        if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
+            return
+        sglang, at_start = self.config.rollout.sglang, self.mismatch is None
+        if at_start or (sglang.verify_every and self.version % sglang.verify_every == 0):
+            if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
+                self._compare_checksums()
+            self._certify()
+
+    def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
+        """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
+        weights = export_hf_weights(self.policy)
+        error: UserError | None = None
+        if self.engine is not None:
+            try:
+                with self._between_batches(self.engine):
+                    action(weights)
+            except UserError as caught:
+                error = caught
+        for _ in weights:
+            pass  # every rank takes part in the whole export
+        together(lambda: _raise(error))
+
+    def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
+        """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
+        return nullcontext() if engine.updates_in_flight else self.engine_lock
+
+    def _certify(self) -> None:
+        """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.certificate."""
+        from gtpo_megatron.rollout.sglang.certificate import certify, default_bound
+
+        config = self.config
+        fixed = [
+            GroupPrompt(i, prompt, 0, i)
+            for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
+        ]
+        sequences = solutions(fixed, self.tokenizer, self.step)
+        budget = config.training.micro_batch_tokens
+        trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
+        bound = config.rollout.sglang.max_logprob_gap
+        bound = bound or default_bound(config.model.dtype, config.model.fp8 != "none")
+
+        def compare() -> dict[str, float]:
+            if self.engine is None:
+                return {}
+            with self._between_batches(self.engine):
+                scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
+            worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
+            return worst.metrics()
+
+        try:
+            self.mismatch = together(compare)[0]
+        except UserError as disagreement:
+            # says which tensors differ, if that is the reason; if none does, the arithmetic is
+            self._compare_checksums()
+            raise disagreement
+
+    def _compare_checksums(self) -> None:
+        self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How training completions are sampled."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            n=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=stop_token_ids(self.tokenizer),
+        )
+
+    def is_evaluated(self) -> bool:
+        """Whether the metrics hold an evaluation of the current step. Collective."""
+
+        def found() -> bool:
+            rows = read_metrics(self.path / "metrics.jsonl")
+            return any(row["step"] == self.step and "eval/accuracy" in row for row in rows)
+
+        return on_rank_zero(found)
+
+    def next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
+        """The next prompts of the sampler, with their places in the batch and seeds."""
+        return [
+            GroupPrompt(
+                group, self.prompts.prompts[index], group_seed(self.config.training.seed, step, group), index
+            )
+            for group, index in enumerate(self.sampler.next(count), start=first_group)
+        ]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
+        with self.progress.stage(name):
+            started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
+            try:
+                yield
+            finally:
+                platform.synchronize()
+                elapsed = time.perf_counter() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
+                self._inner_seconds = outer + elapsed
+
+    def save_checkpoint(self, sampler_state: dict[str, Any]) -> None:
+        """Write a checkpoint of the current step, once, to go on with prompts at `sampler_state`. Collective."""
+        if self.saved_step == self.step:
+            return
+        self.checkpointer.save(
+            TrainState(
+                step=self.step,
+                weight_version=self.version,
+                initial_entropy=self.initial_entropy,
+                sampler=sampler_state,
+                bad_steps=self.bad_steps,
+                trained_steps=self.step,
+            )
+        )
+        self.saved_step = self.step
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective."""
+        flag = torch.tensor(float(self._stop_signal is not None), device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _catch_signals(self) -> None:
+        def handle(number: int, _: Any) -> None:
+            if self._stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt  # asked twice: now
+            self._stop_signal = number
+            if self.main:
+                self.progress.note("stopping after this step (Ctrl-C again: at once)")
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            previous = signal.signal(number, handle)
+            self._stack.callback(signal.signal, number, previous)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End engine, workers and files."""
+        self._stack.close()
+
+
+def _raise(error: UserError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def claim_directory(config: RunConfig) -> None:
+    """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
+    path = config.path / "config.yaml"
+    if path.exists():
+        differences = list(_differences(load_config(path), config))
+        if differences:
+            shown = "; ".join(differences[:5])
+            raise UserError(
+                f"{config.path}: holds a run with another configuration ({shown}). "
+                "Give this run another name (name=...), or remove the directory"
+            )
+    config.path.mkdir(parents=True, exist_ok=True)
+    (config.path / "logs").mkdir(exist_ok=True)
+    free = shutil.disk_usage(config.path).free
+    if free < 2**28:
+        raise UserError(
+            f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
+        )
+    save_config(config, path)
+
+
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for section, value in after.items():
+        if section not in RESUMABLE and value != before[section]:
+            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
+        for key in FIXED.get(section, ()):
+            if value[key] != before[section][key]:
+                yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send log records to a file of this rank, and this package's warnings to the console as well."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    console.addFilter(lambda record: record.name.startswith("gtpo_megatron"))
+    level = root.level
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    root.addHandler(console)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        root.removeHandler(console)
+        handler.close()

@@ -1,0 +1,441 @@
+"""Every rule that stops a run before a model is built, each shown by the message a user would read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.checks import (
+    ARCHITECTURES,
+    Machine,
+    check_run,
+    layout_problems,
+    precision_problems,
+    read_shape,
+    server_problems,
+    settings_problems,
+)
+from gtpo_megatron.plan.layout import HFShape
+from tests.tiny_models import FAMILIES, make_tiny_checkpoint, tiny_tokenizer
+
+CPU = Machine(cuda_capability=None, transformer_engine=False)
+HOPPER = Machine(cuda_capability=(9, 0), transformer_engine=True)
+AMPERE = Machine(cuda_capability=(8, 0), transformer_engine=True)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n')
+    return path
+
+
+@pytest.fixture
+def build(tiny_checkpoint: Callable[[str], Path], rows: Path) -> Callable[..., RunConfig]:
+    """A run on a tiny Llama; keyword arguments are sections with the values that differ."""
+
+    def make(model_path: Path | None = None, **sections: dict[str, Any]) -> RunConfig:
+        values: dict[str, Any] = {
+            "name": "trial",
+            "model": {"path": str(model_path or tiny_checkpoint("llama")), "dtype": "fp32"},
+            "data": {"path": str(rows), "max_prompt_tokens": 128},
+            "training": {"steps": 2},
+            "rollout": {"max_new_tokens": 64},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        return RunConfig.model_validate(values)
+
+    return make
+
+
+def problem(config: RunConfig, world_size: int = 1, machine: Machine = CPU) -> str:
+    with pytest.raises(UserError) as caught:
+        check_run(config, world_size, machine)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_right_run_passes_and_gives_the_shape(
+    build: Callable[..., RunConfig], tiny_checkpoint: Callable[[str], Path], family: str
+) -> None:
+    shape = check_run(build(tiny_checkpoint(family), parallel={"pipeline": 2}), 4, CPU)
+    assert shape.architecture in ARCHITECTURES
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.hidden) == (4, 4, 2, 64)
+    assert shape.head_dim == (32 if family.startswith("qwen3") else 16)
+    assert shape.tied == (family == "qwen2_tied")
+    assert shape.experts == (4 if family == "qwen3_moe" else 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel", "world", "expected"),
+    [
+        (
+            "llama",
+            {"tensor": 3},
+            3,
+            "parallel.tensor: 3 does not divide the 4 attention heads; possible: 1, 2, 4",
+        ),
+        (
+            "llama",
+            {"tensor": 4},
+            4,
+            "parallel.tensor: 4 does not divide the 2 key/value heads; possible: 1, 2",
+        ),
+        ("llama", {"pipeline": 3}, 3, "parallel.pipeline: 3 does not divide the 4 layers; possible: 1, 2, 4"),
+        (
+            "llama",
+            {"pipeline": 2, "virtual_pipeline": 4},
+            2,
+            "parallel.virtual_pipeline: 4 does not divide the 2 layers of a pipeline rank; possible: 2",
+        ),
+        ("llama", {"expert": 2}, 2, "parallel.expert: 2: LlamaForCausalLM has no experts"),
+        (
+            "qwen3_moe",
+            {"expert": 3},
+            3,
+            "parallel.expert: 3 does not divide the 4 experts; possible: 1, 2, 4",
+        ),
+        ("qwen3_moe", {"tensor": 2}, 2, "parallel.tensor: 2 with experts needs parallel.sequence: true"),
+        ("qwen3_moe", {"expert": 2}, 3, "the world of 3 is not a multiple of expert x pipeline = 2 x 1"),
+        (
+            "llama",
+            {"tensor": 2},
+            1,
+            "the world has 1 rank, not a multiple of parallel.tensor x pipeline x context = 2 x 1 x 1",
+        ),
+        ("llama", {"tensor": 2, "pipeline": 2}, 6, "the world has 6 ranks, not a multiple"),
+        ("llama", {"context": 2}, 3, "= 1 x 1 x 2 = 2; start with torchrun --nproc-per-node 2"),
+    ],
+)
+def test_layout_rules(
+    build: Callable[..., RunConfig],
+    tiny_checkpoint: Callable[[str], Path],
+    family: str,
+    parallel: dict[str, int],
+    world: int,
+    expected: str,
+) -> None:
+    assert expected in problem(build(tiny_checkpoint(family), parallel=parallel), world)
+
+
+def test_wide_layers_must_divide_too() -> None:
+    odd = HFShape("LlamaForCausalLM", 2, 66, 6, 6, 11, 129, 100, 64, tied=False)
+    parallel = RunConfig.model_validate(
+        {
+            "name": "a",
+            "model": {"path": "m"},
+            "data": {"path": "d"},
+            "training": {"steps": 1},
+            "parallel": {"tensor": 6},
+        }
+    ).parallel
+    assert list(layout_problems(parallel, odd, 6)) == [
+        "parallel.tensor: 6 does not divide the 129 units of the MLP; possible: 1, 3, 43"
+    ]
+
+
+def test_lengths(build: Callable[..., RunConfig]) -> None:
+    message = problem(build(rollout={"max_new_tokens": 200}))
+    assert (
+        "data.max_prompt_tokens + rollout.max_new_tokens = 128 + 200 = 328: above the model's 256 positions"
+        in message
+    )
+    message = problem(build(training={"micro_batch_tokens": 191}))
+    assert "training.micro_batch_tokens: 191 cannot hold the longest sequence" in message
+    check_run(build(training={"micro_batch_tokens": 192}), 1, CPU)
+    evaluation = {"data": {"path": "gsm8k/x", "max_prompt_tokens": 200}, "max_new_tokens": 57}
+    assert "evaluation.data.max_prompt_tokens + new tokens = 200 + 57" in problem(
+        build(evaluation=evaluation)
+    )
+
+
+def test_the_micro_batch_holds_the_padding_of_context_and_sequence_parallelism(
+    build: Callable[..., RunConfig],
+) -> None:
+    sections = {
+        "training": {"micro_batch_tokens": 188},
+        "rollout": {"max_new_tokens": 57},
+    }  # 185 tokens at most
+    check_run(build(**sections), 1, CPU)
+    message = problem(build(**sections, parallel={"context": 2, "tensor": 2, "sequence": True}), 4)
+    assert "128 + 57 = 185, padded to 192 for sequence and context parallelism" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "expected"),
+    [
+        (
+            {"fp8": "hybrid", "dtype": "bf16"},
+            CPU,
+            "model.fp8: hybrid needs Transformer Engine, which is not installed",
+        ),
+        ({"fp8": "hybrid", "dtype": "bf16"}, CPU, "model.fp8: hybrid needs a CUDA GPU"),
+        (
+            {"fp8": "e4m3", "dtype": "bf16"},
+            AMPERE,
+            "needs compute capability 8.9 or higher (Ada, Hopper); this GPU has 8.0",
+        ),
+        ({"fp8": "hybrid", "dtype": "fp32"}, HOPPER, "model.fp8: hybrid needs model.dtype: bf16, not fp32"),
+        ({"fp8": "hybrid", "dtype": "bf16", "layers": "local"}, HOPPER, "not model.layers: local"),
+        ({"layers": "transformer_engine"}, CPU, "model.layers: transformer_engine needs Transformer Engine"),
+    ],
+)
+def test_precision_rules(
+    build: Callable[..., RunConfig], model: dict[str, str], machine: Machine, expected: str
+) -> None:
+    assert expected in problem(build(model=model), machine=machine)
+
+
+def test_fp8_on_a_machine_that_has_it(build: Callable[..., RunConfig]) -> None:
+    check_run(build(model={"fp8": "hybrid", "dtype": "bf16"}), 1, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("sglang", "problem"),
+    [
+        ({"servers": 2, "tensor": 2}, None),
+        ({"servers": 3, "tensor": 2}, "would take the GPUs 4 to 9, but this process sees 8"),
+        ({"servers": 2, "tensor": 4}, "would take the GPUs 4 to 11, but this process sees 8"),
+        ({"servers": 2, "tensor": 4, "first_gpu": 0}, None),
+        ({"urls": ("http://a:1",)}, None),
+    ],
+)
+def test_servers_started_here_take_gpus_that_no_rank_has(
+    build: Callable[..., RunConfig], sglang: dict[str, Any], problem: str | None
+) -> None:
+    machine = Machine((9, 0), True, gpus=8, local_ranks=4)
+    problems = list(server_problems(build(rollout={"engine": "sglang", "sglang": sglang}), machine))
+    assert [problem in text for text in problems] == ([True] if problem else [])
+    assert not list(server_problems(build(rollout={"engine": "sglang", "sglang": sglang}), CPU))
+
+
+def test_fp8_wants_multiples_of_16(build: Callable[..., RunConfig]) -> None:
+    shape = HFShape("LlamaForCausalLM", 2, 64, 4, 2, 16, 136, 320, 256, tied=False)
+    config = build(model={"fp8": "hybrid", "dtype": "bf16"})
+    assert list(precision_problems(config, shape, HOPPER)) == [
+        "model.fp8: hybrid needs matrix sizes that are multiples of 16; MLP width per rank is 136"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"rollout": {"sglang": {"servers": 2}}},
+            "rollout.sglang.servers: 2 has no effect with rollout.engine: embedded",
+        ),
+        ({"rollout": {"staleness": 1}}, "rollout.staleness: 1 trains on completions of older weights"),
+        ({"rollout": {"staleness": 2}}, "rollout.staleness: 2 needs rollout.engine: sglang"),
+        (
+            {"rollout": {"engine": "sglang", "oversample": 1.5, "sglang": {"partial": True}}},
+            "rollout.sglang.partial: true with rollout.oversample trains on tokens of older weights",
+        ),
+        ({"rollout": {"oversample": 1.5}}, "rollout.oversample: 1.5 needs rollout.engine: sglang"),
+        (
+            {"rollout": {"engine": "sglang", "batch_size": 8}},
+            "rollout.batch_size: 8 belongs to rollout.engine: embedded",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"urls": ["http://a"], "urls_file": "b"}}},
+            "rollout.sglang.urls and rollout.sglang.urls_file: give one",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"urls": ["http://a"], "servers": 2}}},
+            "rollout.sglang.servers: 2: servers are given by URL",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"host": "0.0.0.0"}}},
+            "rollout.sglang.host: 0.0.0.0 is reachable from other machines",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"partial": True}}},
+            "rollout.sglang.partial: true continues",
+        ),
+        (
+            {"algorithm": {"name": "sft"}, "rollout": {"engine": "sglang", "staleness": 1}},
+            "which samples nothing",
+        ),
+        ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, "optimizer.min_lr: 1e-05 is above optimizer.lr: 1e-06"),
+        ({"optimizer": {"warmup_steps": 5}}, "optimizer.warmup_steps: 5 is above training.steps: 2"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    build: Callable[..., RunConfig], sections: dict[str, Any], expected: str
+) -> None:
+    assert expected in problem(build(**sections))
+
+
+def test_sglang_settings_that_fit_together(build: Callable[..., RunConfig]) -> None:
+    sglang = {"urls": ["http://a:1"], "partial": True, "host": "0.0.0.0", "api_key": "env:KEY"}
+    assert (
+        list(
+            settings_problems(
+                build(
+                    rollout={"engine": "sglang", "staleness": 1, "sglang": sglang},
+                    algorithm={"importance": {"level": "token"}},
+                )
+            )
+        )
+        == []
+    )
+
+
+def test_a_step_must_feed_every_replica(build: Callable[..., RunConfig]) -> None:
+    message = problem(build(rollout={"prompts_per_step": 1, "group_size": 2}), 4)
+    assert (
+        "rollout.prompts_per_step x group_size = 2: fewer sequences in a step than the 4 data-parallel ranks"
+        in message
+    )
+    message = problem(build(algorithm={"name": "sft"}, training={"sft_batch_size": 3}), 4)
+    assert "training.sft_batch_size = 3" in message
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("no_such_module_here:f", "no_such_module_here does not import: ModuleNotFoundError"),
+        ("math:no_such_function", "math has no no_such_function"),
+        ("math:pi", "pi is not callable"),
+        ("math.sqrt", "expected package.module:function"),
+        ("tests.fixtures_that_raise:f", "does not import"),
+    ],
+)
+def test_reward_functions_that_do_not_import(
+    build: Callable[..., RunConfig], function: str, expected: str
+) -> None:
+    message = problem(
+        build(rewards={"terms": [{"kind": "format"}, {"kind": "python", "function": function}]})
+    )
+    assert message.startswith(f"rewards.terms[1].function: {function}: ") and expected in message
+
+
+def test_reward_terms_need_names_of_their_own(build: Callable[..., RunConfig]) -> None:
+    twice = [{"kind": "python", "function": "math:sqrt"}, {"kind": "python", "function": "math:exp"}]
+    assert "rewards.terms: two terms are called python" in problem(build(rewards={"terms": twice}))
+    check_run(build(rewards={"terms": [t | {"name": str(i)} for i, t in enumerate(twice)]}), 1, CPU)
+    assert "rewards.terms: the list is empty" in problem(build(rewards={"terms": []}))
+
+
+def test_data_paths(build: Callable[..., RunConfig], tmp_path: Path) -> None:
+    assert "data.path: " in problem(build(data={"path": str(tmp_path / "absent.jsonl")}))
+    message = problem(build(evaluation={"data": {"path": "./absent.parquet", "max_prompt_tokens": 64}}))
+    assert message.startswith("evaluation.data.path: ./absent.parquet: no such file")
+
+
+def test_model_path_that_is_no_checkpoint(build: Callable[..., RunConfig], tmp_path: Path) -> None:
+    assert f"model.path: {tmp_path}: no config.json there" in problem(build(tmp_path))
+    assert "neither a checkpoint directory nor a hub name" in problem(build(tmp_path / "absent"))
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_unsupported_architectures_and_variants(
+    build: Callable[..., RunConfig], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = copy_of(tiny_checkpoint("llama"), tmp_path / "model")
+    edit_json(path / "config.json", architectures=["GPT2LMHeadModel"])
+    assert "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM" in problem(build(path))
+    edit_json(path / "config.json", architectures=["LlamaForCausalLM"], attention_bias=True)
+    assert "config.json has attention_bias: true" in problem(build(path))
+    (path / "config.json").write_text("{broken")
+    assert f"model.path: {path}" in problem(build(path))
+
+
+def test_missing_shards(build: Callable[..., RunConfig], tmp_path: Path) -> None:
+    path = make_tiny_checkpoint(tmp_path / "sharded", "llama", max_shard_size="200KB")
+    shards = sorted(path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    check_run(build(path), 1, CPU)
+    shards[1].unlink()
+    message = problem(build(path))
+    assert (
+        f"1 of {len(shards)} weight files named in model.safetensors.index.json are missing: {shards[1].name}"
+        in message
+    )
+
+
+def test_a_shard_cut_short_or_swapped(build: Callable[..., RunConfig], tmp_path: Path) -> None:
+    path = make_tiny_checkpoint(tmp_path / "sharded", "llama", max_shard_size="200KB")
+    first, second, *_ = sorted(path.glob("model-*.safetensors"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-100])
+    assert f"{first}: damaged or cut short" in problem(build(path))
+    shutil.copy(second, first)
+    assert f"{first}: lacks" in problem(build(path))
+    first.write_bytes(whole)
+    (path / "model.safetensors.index.json").write_text("{}")
+    assert "not a safetensors index" in problem(build(path))
+
+
+def test_no_weights_at_all(
+    build: Callable[..., RunConfig], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = copy_of(tiny_checkpoint("llama"), tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    assert "no safetensors weights there" in problem(build(path))
+    (path / "pytorch_model.bin").touch()
+    assert "convert it with save_pretrained" in problem(build(path))
+
+
+def test_tokenizers(build: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def with_tokenizer(**changes: Any) -> RunConfig:
+        tokenizer = tiny_tokenizer()
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        folder = tmp_path / "-".join(changes)
+        tokenizer.save_pretrained(folder)
+        return build(model={"tokenizer": str(folder)})
+
+    assert "no chat template" in problem(with_tokenizer(chat_template=None))
+    assert "no pad token" in problem(with_tokenizer(pad_token=None))
+    assert "no EOS token" in problem(with_tokenizer(eos_token=None))
+
+
+def test_a_tokenizer_without_template_may_render_plain_text(
+    build: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    check_run(build(model={"tokenizer": str(tmp_path / "plain")}, data={"chat": False}), 1, CPU)
+
+
+def test_a_tokenizer_that_is_absent_damaged_or_of_another_model(
+    build: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    assert "model.tokenizer: " in problem(build(model={"tokenizer": str(tmp_path / "absent")}))
+    folder = tmp_path / "damaged"
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "the tokenizer does not load" in problem(build(model={"tokenizer": str(folder)}))
+    small = make_tiny_checkpoint(tmp_path / "small", "llama", vocab_size=128)
+    tiny_tokenizer(320).save_pretrained(small)
+    assert "the tokenizer has 320 tokens, the model only 128" in problem(build(small))
+
+
+def test_all_problems_are_named_at_once(build: Callable[..., RunConfig]) -> None:
+    config = build(parallel={"tensor": 3}, rollout={"staleness": 1}, training={"micro_batch_tokens": 5})
+    message = problem(config, 3)
+    assert message.startswith("5 problems with this run:")
+    assert all(
+        key in message for key in ("parallel.tensor", "rollout.staleness", "training.micro_batch_tokens")
+    )
+
+
+def test_read_shape_of_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"model\.path: nobody/nothing"):
+        read_shape("nobody/nothing")

@@ -1,0 +1,238 @@
+"""Batches in order: sampled now, ahead, or read back; no prompt is lost or taken twice."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gtpo_megatron.data.prompts import Prompt
+from gtpo_megatron.data.sampler import PromptSampler
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.rewards.pool import Score
+from gtpo_megatron.rollout.protocol import Completion, Group, PromptRequest, SamplingParams
+from gtpo_megatron.trajectories.store import TrajectoryStore
+from tests.parallel.pool import RankPool
+from tests.tiny_models import tiny_tokenizer
+from tests.training_jobs import small_run
+
+PROMPTS = 20  # an epoch: ten steps of two prompts
+
+
+class Engine:
+    """Gives each prompt completions of random tokens, but an error to `fails_at`, counted in calls."""
+
+    on_every_rank = True
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.calls, self.fails_at, self.version = 0, fails_at, 0
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        self.calls += 1
+        if self.calls - 1 == self.fails_at:
+            raise UserError("no server left")
+        for request in requests:
+            random = np.random.default_rng(request.seed)
+            yield Group(request, tuple(self.complete(random) for _ in range(params.n)))
+
+    def complete(self, random: np.random.Generator) -> Completion:
+        ids = random.integers(3, 300, 6).astype(np.int32)
+        versions = np.full(6, self.version, np.int32)
+        return Completion(ids, np.zeros(6, np.float32), versions, "length", 0.0)
+
+    def abort_all(self) -> None:
+        """Nothing is under way for long."""
+
+
+class Rewards:
+    """Pays the characters of a completion; nothing for the prompts of odd number where `picky`."""
+
+    def __init__(self, picky: bool) -> None:
+        self.picky = picky
+
+    def submit(self, items: Sequence[tuple[str, str, str]]) -> Any:
+        scores = [
+            Score(len(set(text)) * (not (self.picky and int(answer) % 2)), {}) for text, answer, _ in items
+        ]
+        return SimpleNamespace(result=lambda: scores)
+
+    def check(self, scores: Sequence[Score]) -> None:
+        """None fails."""
+
+
+def light_run(directory: Path, engine: Engine, step: int = 0, picky: bool = False, **rollout: Any) -> Any:
+    """As much of a run as `Batches` needs."""
+    from gtpo_megatron.run.run import Run
+
+    config = small_run(directory, "run", directory, directory, rollout=rollout, training={"steps": 6})
+    run = SimpleNamespace(
+        config=config,
+        step=step,
+        engine=engine,
+        engine_lock=threading.Lock(),
+        rewards=Rewards(picky),
+        tokenizer=tiny_tokenizer(),
+        store=TrajectoryStore(directory / "trajectories"),
+        sampler=PromptSampler(PROMPTS, 0, True, "fingerprint"),
+        prompts=SimpleNamespace(
+            prompts=tuple(Prompt(f"row-{i}", f"question {i}", str(i), None, (i + 3,)) for i in range(PROMPTS))
+        ),
+        sampling_params=SamplingParams(n=config.rollout.group_size, max_new_tokens=6),
+        stage=lambda name: nullcontext(),
+    )
+    run.next_prompts = lambda *args, **options: Run.next_prompts(run, *args, **options)
+    return run
+
+
+def ids_of(batch: Sequence[Any]) -> list[str]:
+    return [t.prompt_id for t in batch if t.index == 0]
+
+
+def in_order(directory: Path, staleness: int) -> list[list[str]]:
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(), staleness=staleness)
+    taken = []
+    with Batches(run) as batches:
+        for run.step in range(6):
+            taken.append(ids_of(batches.next()))
+    assert run.store.steps() == list(range(6))
+    return taken
+
+
+def test_sampling_ahead_takes_the_same_prompts(ranks: RankPool, tmp_path: Path) -> None:
+    taken = [ranks.run(1, in_order, tmp_path / str(ahead), ahead)[0] for ahead in (0, 1, 3)]
+    assert taken[0] == taken[1] == taken[2]
+    everything = [prompt for batch in taken[0] for prompt in batch]
+    assert len(set(everything)) == len(everything) == 12
+
+
+def interrupted(directory: Path, settle: bool) -> tuple[list[list[str]], list[list[str]], list[int], int]:
+    """Three steps with two ahead, then a new process from the checkpoint after the second: what each took."""
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(), staleness=2)
+    before, after = [], []
+    with Batches(run) as batches:
+        for run.step in range(3):
+            before.append(ids_of(batches.next()))
+            if run.step == 1:
+                if settle:
+                    batches.settle()
+                state = batches.sampler_state
+    stored = run.store.steps()
+    engine = Engine()
+    resumed = light_run(directory, engine, step=2, staleness=2)
+    resumed.sampler.load_state_dict(state)
+    with Batches(resumed) as batches:
+        for resumed.step in range(2, 6):
+            after.append(ids_of(batches.next()))
+    return before, after, stored, engine.calls
+
+
+def test_a_run_goes_on_with_what_is_stored_and_what_is_not(ranks: RankPool, tmp_path: Path) -> None:
+    expected = ranks.run(1, in_order, tmp_path / "whole", 0)[0]
+    for settle, stored in ((True, [0, 1, 2, 3]), (False, [0, 1, 2])):
+        directory = tmp_path / f"settle-{settle}"
+        ((before, after, found, calls),) = ranks.run(1, interrupted, directory, settle)
+        assert (before, after) == (expected[:3], expected[2:])
+        assert found == stored
+        assert calls == 6 - len(stored)  # nothing that is stored is sampled again
+
+
+def failing_ahead(directory: Path) -> tuple[list[str], str, dict[str, Any], dict[str, Any]]:
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(fails_at=1), staleness=1)
+    with Batches(run) as batches:
+        first = ids_of(batches.next())
+        behind_first = run.store.read_notes(0)["sampler"]
+        run.step = 1
+        try:
+            batches.next()
+        except UserError as error:
+            return first, str(error), batches.sampler_state, behind_first
+    raise AssertionError("no error")
+
+
+def test_an_error_of_sampling_ahead_reaches_its_step_and_loses_no_prompt(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    ((_, message, state, behind_first),) = ranks.run(1, failing_ahead, tmp_path)
+    assert message == "no server left"
+    assert state == behind_first
+
+
+def oversampled(directory: Path, staleness: int, restart_at: int | None) -> list[list[str]]:
+    """The prompts of six batches of the two of three groups that finish first: the second and the third."""
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, LateEngine(), oversample=1.5, staleness=staleness)
+    taken = []
+    with Batches(run) as batches:
+        for run.step in range(6 if restart_at is None else restart_at):
+            taken.append(ids_of(batches.next()))
+        state = batches.sampler_state
+    if restart_at is not None:
+        run = light_run(directory, LateEngine(), restart_at, oversample=1.5, staleness=staleness)
+        run.sampler.load_state_dict(state)
+        with Batches(run) as batches:
+            for run.step in range(restart_at, 6):
+                taken.append(ids_of(batches.next()))
+    return taken
+
+
+class LateEngine(Engine):
+    """Finishes a prompt last that it has not seen before, the first of them the very last."""
+
+    on_every_rank = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        late = [r for r in requests if r.prompt_ids not in self.seen]
+        self.seen |= {r.prompt_ids for r in requests}
+        return super().generate([r for r in requests if r not in late] + late[::-1], params)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_prompts_that_oversampling_left_unfinished_come_again(
+    ranks: RankPool, tmp_path: Path, staleness: int
+) -> None:
+    (taken,) = ranks.run(1, oversampled, tmp_path / "whole", staleness, None)
+    everything = [prompt for batch in taken for prompt in batch]
+    assert len(set(everything)) == len(everything) == 12
+    order = PromptSampler(PROMPTS, 0, True).next(13)
+    # all but the one that was put back last, and with more batches under way the two before it
+    assert len({f"row-{i}" for i in order} - set(everything)) <= 1 + 2 * staleness
+    for restart_at in (1, 3):
+        directory = tmp_path / f"restart-{restart_at}"
+        (again,) = ranks.run(1, oversampled, directory, staleness, restart_at)
+        everything = [prompt for batch in again for prompt in batch]
+        assert len(set(everything)) == len(everything) == 12
+
+
+def replaced(directory: Path, rounds: int) -> tuple[list[Any], int]:
+    from gtpo_megatron.run.batches import Batches
+
+    engine = Engine()
+    dynamic = {"enabled": True, "max_rounds": rounds}
+    run = light_run(directory, engine, picky=True, dynamic_sampling=dynamic, prompts_per_step=4)
+    with Batches(run) as batches:
+        return batches.next(), engine.calls
+
+
+def test_groups_without_signal_are_replaced_for_some_rounds(ranks: RankPool, tmp_path: Path) -> None:
+    ((batch, calls),) = ranks.run(1, replaced, tmp_path / "many", 8)
+    assert calls > 1
+    assert [(t.group, t.index) for t in batch] == [(g, i) for g in range(4) for i in range(4)]
+    assert all(int(t.answer) % 2 == 0 for t in batch)
+    assert all(any(t.advantage for t in batch if t.group == g) for g in range(4))
+    ((_, calls_of_one),) = ranks.run(1, replaced, tmp_path / "one", 1)
+    assert calls_of_one == 2
