@@ -53,7 +53,7 @@ Recipe = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Overlay files and overrides, in any order: recipes/cluster/site.yaml optimizer.lr=2e-6 parallel.tensor=2",
+        help="Overlay files and overrides, in any order: site.yaml optimizer.lr=2e-6 parallel.tensor=2",
         metavar="OVERLAY.yaml|KEY=VALUE",
         show_default=False,
         autocompletion=complete_setting,
@@ -64,7 +64,7 @@ Settings = Annotated[
 @app.command(
     epilog="Examples:\n\n"
     "gtpo-megatron train recipes/quickstart.yaml training.seed=1\n\n"
-    "gtpo-megatron train RECIPE.yaml recipes/cluster/SITE.yaml --dry-run --world-size 16\n\n"
+    "gtpo-megatron train RECIPE.yaml SITE.yaml --dry-run --world-size 16\n\n"
     "torchrun --nproc-per-node 4 -m gtpo_megatron train RECIPE.yaml parallel.tensor=2"
 )
 def train(
@@ -107,7 +107,7 @@ def train(
 
 @app.command(epilog="Example: gtpo-megatron evaluate RECIPE.yaml model.path=runs/x/hf evaluation.samples=8")
 def evaluate(recipe: Recipe, settings: Settings = None) -> None:
-    """Score a checkpoint on evaluation.data, and print the figures as JSON."""
+    """Score a Hugging Face checkpoint (model.path) on evaluation.data by the embedded engine; prints JSON."""
     from gtpo_megatron.plan.checks import check_run
 
     config = _load(recipe, settings)
@@ -115,12 +115,28 @@ def evaluate(recipe: Recipe, settings: Settings = None) -> None:
         raise UserError(
             "evaluation.data is missing: say which prompts to evaluate on (evaluation.data.path=...)"
         )
+    if config.rollout.engine != "embedded":
+        raise UserError(
+            f"rollout.engine: {config.rollout.engine} has no effect on evaluate, which samples by the embedded engine; "
+            "add rollout.engine=embedded"
+        )
     check_run(config, _env_world_size() or 1)
+    if _rank() == 0:
+        typer.echo(scored(config), err=True)
     from gtpo_megatron.evaluation import evaluate_checkpoint
 
     figures = evaluate_checkpoint(config)
     if _rank() == 0:
         typer.echo(json.dumps(figures, indent=2))
+
+
+def scored(config: RunConfig) -> str:
+    """Which policy the figures are of, and where the trained one stands if it is another."""
+    line = f"scoring model.path: {config.model.path}"
+    trained = config.path / "hf"
+    if trained.is_dir() and trained.resolve() != Path(config.model.path).resolve():
+        line += f", which this recipe starts from; for the policy that it trained: model.path={trained}"
+    return line
 
 
 @app.command(epilog="Example: gtpo-megatron report runs/quickstart")

@@ -15,6 +15,7 @@ import yaml
 from gtpo_megatron import __version__
 from gtpo_megatron.commands.cli import GRACE_S, complete_setting, main
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
 
 
@@ -150,6 +151,27 @@ def test_evaluate_prints_json(
     code, out, _ = run("evaluate", recipe, data)
     assert code == 0 and json.loads(out) == {"accuracy": 0.5}
     assert "evaluation.data is missing" in run("evaluate", recipe)[2]
+
+
+def test_evaluate_says_which_policy_it_scores_and_refuses_what_it_ignores(
+    recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, "gtpo_megatron.plan.checks", check_run=lambda *_: None)
+    stand_in(monkeypatch, "gtpo_megatron.evaluation", evaluate_checkpoint=lambda config: {"accuracy": 0.5})
+    data = f"evaluation.data.path={tmp_path}"
+    model = load_config(recipe).model.path
+    code, out, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
+    assert code == 0 and json.loads(out) == {"accuracy": 0.5}
+    assert err.strip() == f"scoring model.path: {model}"
+    (tmp_path / "trained" / "hf").mkdir(parents=True)
+    _, _, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
+    assert (
+        f"which this recipe starts from; for the policy that it trained: model.path={tmp_path / 'trained' / 'hf'}"
+        in err
+    )
+    code, out, err = run("evaluate", recipe, data, "rollout.engine=sglang")
+    assert code == 2 and not out
+    assert "rollout.engine: sglang has no effect on evaluate" in err
 
 
 def test_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
