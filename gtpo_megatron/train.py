@@ -20,8 +20,8 @@ from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.step import (
     PassResult,
     batch_objective,
+    deal,
     forward_backward,
-    pack,
     score,
     with_logprobs,
 )
@@ -48,7 +48,7 @@ def train(config: RunConfig) -> int:
             run.seconds.clear()
             with saved_before_giving_up(run, batches):
                 trajectories = batches.next()
-            staleness = run.version - min(int(t.token_versions.min()) for t in trajectories)
+            sampled_for = run.version
             passed, update = train_on(run, trajectories)
             run.step += 1
             with saved_before_giving_up(run, batches):
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> int:
                     with run.stage("weights"):
                         run.publish_weights()
                 finally:  # a checkpoint never stands ahead of the metrics
-                    record(run, trajectories, passed, update, staleness)
+                    record(run, trajectories, passed, update, sampled_for)
             stop_after_bad_steps(run, update)
             if evaluation_due(run):
                 with saved_before_giving_up(run, batches):
@@ -91,15 +91,15 @@ def save(run: Run, batches: Batches) -> None:
 
 
 def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
-    """The update(s) of one batch, each a new weight version; one that cannot be applied ends them.
+    """The update(s) of one batch, which rank 0 has, each a new weight version; one that cannot be applied ends them.
 
     GTPO on policy: one forward and one backward pass, nothing else.
     """
     config, algorithm = run.config, run.config.algorithm
     temperature = config.rollout.temperature if algorithm.name != "sft" else 1.0
-    count = len(trajectories)
     with run.stage("training"):
-        micro_batches = pack(trajectories, config.parallel, config.training.micro_batch_tokens)
+        table, micro_batches = deal(trajectories, config.parallel, config.training.micro_batch_tokens)
+        count = len(table)
         if run.initial_entropy is None and algorithm.name == "gtpo":
             entropy = score(run.policy, micro_batches, count, temperature=temperature).completions["entropy"]
             run.initial_entropy = float(entropy.mean(dtype=np.float64))
@@ -108,7 +108,7 @@ def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, 
             micro_batches = with_logprobs(
                 run.reference, micro_batches, "reference_logprobs", temperature=temperature
             )
-        objective = batch_objective(algorithm, trajectories, run.initial_entropy or 0.0)
+        objective = batch_objective(algorithm, table, run.initial_entropy or 0.0)
         for _ in range(algorithm.updates_per_batch):
             passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
             update = apply_update(run.optimizer, run.policy, passed.loss)
@@ -131,9 +131,12 @@ def with_old_logprobs(run: Run, micro_batches: list[MicroBatch], temperature: fl
 
 
 def record(
-    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, staleness: int
+    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, version: int
 ) -> None:
-    """Write the step's metrics. `staleness`: how many updates older the oldest token's weights were."""
+    """Write the step's metrics, on rank 0. `version`: of the weights when the batch was taken.
+
+    `staleness` is how many updates older the oldest token's weights were.
+    """
     if not run.main:
         return
     tokens = sum(t.length for t in trajectories)
@@ -143,7 +146,7 @@ def record(
         metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
         metrics["entropy/initial"] = run.initial_entropy
         metrics |= run.mismatch or {}
-        metrics["staleness"] = staleness
+        metrics["staleness"] = version - min(int(t.token_versions.min()) for t in trajectories)
     seconds = sum(run.seconds.values())
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
     metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
@@ -185,10 +188,9 @@ def evaluate(run: Run) -> None:
         return
     with run.stage("evaluation"):
         prompts = run.evaluation_prompts.prompts
-        result = figures(
-            evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
-        )
+        sampled = evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
     if run.main:
+        result = figures(sampled)
         run.metrics.log(run.step, result)
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in result.items())
         run.progress.note(f"evaluation after step {run.step}: {shown}")

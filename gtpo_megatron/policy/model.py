@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
@@ -114,6 +115,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+        distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron import control
+from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero
 from gtpo_megatron.policy.model import world_rank
 from gtpo_megatron.rollout.collect import (
     GroupPrompt,
@@ -50,10 +51,14 @@ class Batches:
         self._thread.shutdown(cancel_futures=True)
 
     def next(self) -> list[Trajectory]:
-        """The batch of the run's current step; as many later ones as `rollout.staleness` allows are started."""
+        """The batch of the run's current step, on rank 0; nothing elsewhere.
+
+        As many later ones as `rollout.staleness` allows are started.
+        """
         run, step = self._run, self._run.step
         if run.config.algorithm.name == "sft":
-            return solutions(run.next_prompts(run.config.training.sft_batch_size, step), run.tokenizer, step)
+            prompts = run.next_prompts(run.config.training.sft_batch_size, step)
+            return for_rank_zero(lambda: solutions(prompts, run.tokenizer, step)) or []
         with run.stage("rollout"):
             batch = self._read(step) if self._is_stored(step) else self._finish(step)
         for later in range(step + 1, min(step + 1 + self._rollout.staleness, run.config.training.steps)):
@@ -85,7 +90,7 @@ class Batches:
 
     def _read(self, step: int) -> list[Trajectory]:
         self._advance_sampler(step)
-        return on_rank_zero(lambda: self._run.store.read(step))
+        return for_rank_zero(lambda: self._run.store.read(step)) or []
 
     def _advance_sampler(self, step: int) -> None:
         """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
@@ -124,16 +129,17 @@ class Batches:
         self._put_back(prompts, sampled, step)
         if config.rollout.dynamic_sampling.enabled:
             sampled = self._replace_without_signal(sampled, step)
-        batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
+        normalize = "std" if config.algorithm.name == "grpo" else "mean"
+        batch = for_rank_zero(lambda: analyse(_renumbered(sampled), normalize)) or []
         with run.stage("store"):
             notes = {"sampler": self._behind(step)}
-            on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
+            for_rank_zero(lambda: run.store.write(step, batch, notes))
         del self._before[step]
         return batch
 
     def _put_back(self, prompts: Sequence[GroupPrompt], sampled: Sequence[Trajectory], step: int) -> None:
         """Prompts whose groups oversampling left unfinished go first into the next batch that takes prompts."""
-        finished = {t.group for t in sampled}
+        finished = on_rank_zero(lambda: {t.group for t in sampled})
         left = [prompt.index for prompt in prompts if prompt.group not in finished]
         if not left:
             return
@@ -148,9 +154,9 @@ class Batches:
 
     def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
         """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
-        unused = 1 + max(t.group for t in sampled)
+        unused = 1 + on_rank_zero(lambda: max(t.group for t in sampled))
         for _ in range(self._rollout.dynamic_sampling.max_rounds):
-            silent = sorted(without_signal(sampled))
+            silent = control.broadcast_from_zero(sorted(without_signal(sampled)))
             if not silent:
                 break
             prompts = self._run.next_prompts(len(silent), step, first_group=unused)
@@ -158,7 +164,10 @@ class Batches:
             fresh = self._gathered(prompts, step, keep=None)
             useful = sorted({t.group for t in fresh} - without_signal(fresh))
             dropped = set(silent[: len(useful)])
-            log.info("step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent))
+            if world_rank() == 0:  # the others have no trajectories
+                log.info(
+                    "step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent)
+                )
             sampled = [t for t in sampled if t.group not in dropped] + [t for t in fresh if t.group in useful]
         return sampled
 

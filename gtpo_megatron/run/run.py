@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
@@ -234,7 +233,7 @@ class Run:
             return worst.metrics()
 
         try:
-            self.mismatch = together(compare)[0]
+            self.mismatch = on_rank_zero(compare)
         except UserError as disagreement:
             # says which tensors differ, if that is the reason; if none does, the arithmetic is
             self._compare_checksums()
@@ -305,9 +304,7 @@ class Run:
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective."""
-        flag = torch.tensor(float(self._stop_signal is not None), device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return control.agree(self._stop_signal is not None) is not None
 
     def _catch_signals(self) -> None:
         def handle(number: int, _: Any) -> None:

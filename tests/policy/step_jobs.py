@@ -19,6 +19,7 @@ from gtpo_megatron.config import (
     TrainingConfig,
 )
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable
 from tests.parallel.layout_job import _gradients as gradients
 from tests.parallel.layout_job import sample_batch
 
@@ -148,7 +149,7 @@ def second_step(checkpoint: Path, budget: int) -> tuple[int, dict[str, np.ndarra
             ours.copy_(theirs)
     batch = sample_batch(seed=1)
     micro_batches = pack(batch, ParallelConfig(), budget)
-    objective = batch_objective(algorithm, batch, initial_entropy=1.0)
+    objective = batch_objective(algorithm, BatchTable.of(batch), initial_entropy=1.0)
     found = []
     for policy in (run.policy, fresh):
         forward_backward(policy, micro_batches, objective, len(batch))
@@ -164,7 +165,7 @@ def bad_updates(checkpoint: Path) -> list[dict[str, Any]]:
 
     run, batch = start(checkpoint, AlgorithmConfig()), sample_batch()
     micro_batches = pack(batch, ParallelConfig(), SMALL)
-    good = batch_objective(run.config.algorithm, batch, initial_entropy=1.0)
+    good = batch_objective(run.config.algorithm, BatchTable.of(batch), initial_entropy=1.0)
 
     def with_loss(loss: Any) -> Any:
         return replace(good, loss=loss)

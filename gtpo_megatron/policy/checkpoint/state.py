@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gtpo_megatron import control
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.safety import read_metadata, safe_loading
@@ -205,9 +206,7 @@ def short_reason(error: BaseException) -> str:
 def _check_names(tensors: dict[str, Any], directory: Path) -> None:
     """Every parameter of the whole model must be in the checkpoint, and nothing more. Collective."""
     own = {t.key for t in nested_values(tensors) if not t.key.startswith(_OPTIMIZER)}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    wanted = set().union(*gathered)
+    wanted = control.broadcast_from_zero(set().union(*(control.gather_to_zero(own) or [])))
     stored = {
         name for name in read_metadata(directory).state_dict_metadata if not name.startswith(_OPTIMIZER)
     }
