@@ -157,11 +157,14 @@ class Run:
         if not self.samples:
             return
         embedded = config.rollout.engine == "embedded" or config.algorithm.name == "sft"
-        if embedded or self.main:
+
+        def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
+
+        together(lambda: start() if embedded or self.main else None)
         self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:

@@ -236,3 +236,34 @@ def test_groups_without_signal_are_replaced_for_some_rounds(ranks: RankPool, tmp
     assert all(any(t.advantage for t in batch if t.group == g) for g in range(4))
     ((_, calls_of_one),) = ranks.run(1, replaced, tmp_path / "one", 1)
     assert calls_of_one == 2
+
+
+def on_several_ranks(directory: Path, rollout: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Three batches, as (prompt, group, index, tokens, advantage), and where the sampler stands behind them."""
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(), picky=True, **rollout)
+    taken = []
+    with Batches(run) as batches:
+        for run.step in range(3):
+            batch = batches.next()
+            taken += [(t.prompt_id, t.group, t.index, t.token_ids.tolist(), t.advantage) for t in batch]
+    return taken, run.sampler.state_dict()
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {},
+        {"dynamic_sampling": {"enabled": True, "max_rounds": 3}, "prompts_per_step": 4},
+        {"staleness": 1, "prompts_per_step": 4},
+    ],
+)
+def test_several_ranks_make_the_batches_of_one_on_rank_zero(
+    ranks: RankPool, tmp_path: Path, rollout: dict[str, Any]
+) -> None:
+    ((alone, state),) = ranks.run(1, on_several_ranks, tmp_path / "one", rollout)
+    assert len(alone) == 3 * 4 * rollout.get("prompts_per_step", 2)
+    several = ranks.run(3, on_several_ranks, tmp_path / "three", rollout)
+    assert [batch for batch, _ in several] == [alone, [], []]
+    assert [found for _, found in several] == [state] * 3  # prompts are taken alike everywhere
