@@ -8,6 +8,7 @@ import typer
 
 from gtpo_megatron.config import ParallelConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.conversion import check_output, check_source
 
 if TYPE_CHECKING:
     from gtpo_megatron.policy.exchange.proof import Proof
@@ -66,6 +67,8 @@ def convert(
     if verify_only is None:
         typer.echo(context.get_help())
         raise typer.Exit(0)
+    for checkpoint in verify_only:
+        check_source(checkpoint)
     from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
@@ -86,6 +89,8 @@ def hf_to_megatron(
     logits: Logits = True,
 ) -> None:
     """Write a Hugging Face directory as a Megatron checkpoint (megatron.core.dist_checkpointing)."""
+    check_source(source, "hf")
+    check_output(output)
     from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
@@ -106,6 +111,8 @@ def megatron_to_hf(
     shard_mib: Annotated[int, typer.Option(help="Size of a safetensors file, MiB", min=1)] = 2048,
 ) -> None:
     """Write a Megatron checkpoint, of a training run or of a conversion, as a Hugging Face directory."""
+    check_source(source, "megatron")
+    check_output(output)
     from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
@@ -128,6 +135,8 @@ def reshard(
 
     Training does not need it: a checkpoint holds whole tensors in pieces, and any parallel.* reads it as it is.
     """
+    check_source(source, "megatron")
+    check_output(output)
     from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)

@@ -91,6 +91,26 @@ def test_large_group_of_one_sided_advantages_has_no_runs() -> None:
     assert not prefix.any() and not suffix.any()
 
 
+def test_groups_of_one_sign_beside_contested_ones_have_no_runs() -> None:
+    # the same tokens everywhere: only the opposite sign within a group makes a run
+    ids = torch.tensor([[5, 6, 7]] * 9)
+    groups = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    advantages = torch.tensor([1.0, 2.0, -1.0, 1.0, 0.0, -1.0, -2.0, 1.0, -1.0])
+    prefix, suffix = algorithm.conflict_runs(ids, torch.full((9,), 3), advantages, groups)
+    assert prefix.tolist() == suffix.tolist() == [0, 0, 3, 3, 0, 0, 0, 3, 3]
+
+
+def test_completions_of_one_token() -> None:
+    ids = torch.tensor([[4], [4], [4], [9], [9]])
+    advantages, groups = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0]), torch.tensor([0, 0, 0, 0, 1])
+    prefix, suffix = algorithm.conflict_runs(ids, torch.ones(5, dtype=torch.int64), advantages, groups)
+    assert prefix.tolist() == suffix.tolist() == [1, 1, 1, 0, 0]
+    # in a wider batch, what stands beyond the one token is never looked at
+    wide = torch.tensor([[4, 8, 8], [4, 7, 7], [4, 8, 8], [9, 8, 8], [4, 8, 8]])
+    again = algorithm.conflict_runs(wide, torch.ones(5, dtype=torch.int64), advantages, groups)
+    assert [runs.tolist() for runs in again] == [prefix.tolist(), suffix.tolist()]
+
+
 def test_gate_modes() -> None:
     entropy = torch.tensor([0.2, 0.9, 0.9, 0.7], dtype=torch.float64)
     signs = torch.tensor([-1.0, -1.0, 1.0, 0.0])

@@ -303,3 +303,16 @@ def test_memory_is_a_workspace_and_no_plane(dtype: torch.dtype, monkeypatch: pyt
     gradients_bytes = weight.nbytes + 2 * rows * width * 4 + hidden.nbytes
     per_token = 256
     assert workspace // 2 < storages.peak < workspace + gradients_bytes + rows * per_token
+
+
+@pytest.mark.parametrize("vocab_tile", [None, 17])
+def test_bfloat16_factors_have_float32_statistics(vocab_tile: int | None) -> None:
+    hidden, weight, targets = make(torch.bfloat16, scale=2.0)
+    actual = token_statistics(hidden, weight, targets, vocab_size=VOCABULARY, vocab_tile=vocab_tile)
+    exact = materialised(hidden.double(), weight.double(), targets, VOCABULARY)
+    # the products of bfloat16 numbers are exact in float32; what rounds are the sums over the width and the vocabulary
+    largest = (hidden.double() @ weight.double().t()).abs().max().item()
+    bound = torch.finfo(torch.float32).eps * (WIDTH * largest + math.log(VOCABULARY) * 8)
+    assert bound < 1e-3  # a sum in bfloat16 is off by more
+    assert (actual.logprobs - exact.logprobs).abs().max().item() <= bound
+    assert (actual.entropy - exact.entropy).abs().max().item() <= bound * (1 + math.log(VOCABULARY))

@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""Change the code in small ways and see whether its tests notice: which mutants survive, by file.
+
+tools/mutants.py                                all files of TESTS, 12 mutants a file
+tools/mutants.py --mutants 0 --only algorithm   every mutant of the files whose path contains "algorithm"
+tools/mutants.py --seed 1 --output docs/results/mutants.md
+
+A mutant is one change: a comparison, an operator, a constant, a condition, a min or max, a sum or mean. It is killed when a
+test of the file's own fails, errs, or takes five times as long as without it. The tests run in a copy of the tree, in
+processes forked from one that has imported torch already. Survivors are listed with file, line and change: close them by a
+test, or say in EQUIVALENT why no test can tell them apart.
+"""
+
+import ast
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+# a file or folder of the package -> the tests that are to notice, fastest first
+TESTS: dict[str, tuple[str, ...]] = {
+    "algorithm": ("tests/algorithm",),
+    "trajectories": ("tests/trajectories",),
+    "policy/head/function.py": ("tests/policy/test_head.py",),
+    "policy/head/tiles.py": ("tests/policy/test_head.py",),
+    "policy/head/torch_head.py": ("tests/policy/test_head.py",),
+    "policy/objective.py": ("tests/policy/test_step.py",),
+    "run/batches.py": ("tests/run/test_batches.py",),
+    "rollout/collect.py": ("tests/rollout/test_collect.py",),
+}
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Mod: ast.Mult,
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "amax": "amin", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any",
+         "sum": "mean", "mean": "sum", "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
+# "path: change" of survivors that no test can tell from the original, and why
+EQUIVALENT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    path: str  # below gtpo_megatron/
+    line: int
+    change: str
+    source: str  # the whole changed file
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}: {self.change}"
+
+
+def mutants(path: str, text: str) -> list[Mutant]:
+    """Every mutant of a file, in the order of its lines."""
+    found = []
+    count = sum(1 for _ in _edits(ast.parse(text)))
+    for number in range(count):
+        tree = ast.parse(text)
+        for index, (node, apply) in enumerate(_edits(tree)):
+            if index == number:
+                before = ast.unparse(node)
+                apply()
+                after = f"not ({before})" if apply.place == "test" else ast.unparse(node)
+                found.append(Mutant(path, node.lineno, f"`{before}` to `{after}`", ast.unparse(tree)))
+                break
+    return found
+
+
+def _edits(tree: ast.AST) -> Iterator[tuple[ast.expr, "_Edit"]]:
+    """Each expression that can be changed, with the change."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+            yield node, _Edit(node.ops, 0, COMPARISONS[type(node.ops[0])]())
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS and not _is_annotation(node):
+            yield node, _Edit(node, "op", OPERATORS[type(node.op)]())
+        elif isinstance(node, ast.BoolOp):
+            yield node, _Edit(node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And())
+        elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            yield node.test, _Edit(node, "test", ast.UnaryOp(ast.Not(), node.test))
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            yield node, _Edit(node, "value", node.value + 1)
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+            yield node, _Edit(node, "attr", NAMES[node.attr])
+        elif isinstance(node, ast.Name) and node.id in NAMES:
+            yield node, _Edit(node, "id", NAMES[node.id])
+
+
+@dataclass(frozen=True)
+class _Edit:
+    target: object
+    place: str | int
+    value: object
+
+    def __call__(self) -> None:
+        if isinstance(self.place, int):
+            self.target[self.place] = self.value  # type: ignore[index]
+        else:
+            setattr(self.target, self.place, self.value)
+
+
+def _is_annotation(node: ast.BinOp) -> bool:
+    """`Tensor | None` is a type, not arithmetic."""
+    return any(isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right))
+
+
+class Bench:
+    """A copy of the tree in which tests run, forked from this process."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name in ("gtpo_megatron", "tests", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, directory / name)
+        os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"}
+        sys.dont_write_bytecode = True
+
+    def passes(self, tests: tuple[str, ...], limit_s: float) -> bool:
+        """Whether the tests pass within the limit, in a process of their own."""
+        child = os.fork()
+        if not child:
+            os.setsid()  # ended with all that it has started
+            os._exit(self._run(tests))
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status == 0
+            time.sleep(0.02)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+
+    def _run(self, tests: tuple[str, ...]) -> int:
+        import pytest
+
+        os.chdir(self.directory)
+        sys.path[:] = [
+            str(self.directory),
+            *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tools")),
+        ]
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
+
+    @contextlib.contextmanager
+    def mutated(self, mutant: Mutant) -> Iterator[None]:
+        """The copy with one file changed."""
+        path = self.directory / "gtpo_megatron" / mutant.path
+        original = path.read_text(encoding="utf-8")
+        path.write_text(mutant.source, encoding="utf-8")
+        try:
+            yield
+        finally:
+            path.write_text(original, encoding="utf-8")
+
+
+def sources(only: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Files to mutate, with their tests."""
+    for place, tests in TESTS.items():
+        whole = ROOT / "gtpo_megatron" / place
+        for file in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole]:
+            name = file.relative_to(ROOT / "gtpo_megatron").as_posix()
+            if only in name and file.name != "__init__.py":
+                yield name, tests
+
+
+def table(results: dict[str, list[tuple[Mutant, bool]]], header: str) -> str:
+    """Markdown: killed by file, then the survivors."""
+    lines = [
+        header,
+        "",
+        "| file | mutants | killed | equivalent | survivors |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    survivors = []
+    for path, outcomes in results.items():
+        left = [mutant for mutant, killed in outcomes if not killed]
+        argued = [mutant for mutant in left if mutant.name in EQUIVALENT]
+        survivors += left
+        lines.append(
+            f"| `{path}` | {len(outcomes)} | {len(outcomes) - len(left)} | {len(argued)} | {len(left) - len(argued)} |"
+        )
+    if survivors:
+        lines += ["", "Survivors:", ""]
+        lines += [f"- `{m.path}`:{m.line} {m.change}{_why(m)}" for m in survivors]
+    return "\n".join(lines) + "\n"
+
+
+def _why(mutant: Mutant) -> str:
+    return f": equivalent: {EQUIVALENT[mutant.name]}" if mutant.name in EQUIVALENT else ""
+
+
+def main(
+    mutants_per_file: Annotated[int, typer.Option("--mutants", min=0, help="Sampled per file; 0: all")] = 12,
+    seed: Annotated[int, typer.Option(help="Of the sample")] = 0,
+    only: Annotated[str, typer.Option(help="Files whose path contains this")] = "",
+    output: Annotated[Path | None, typer.Option(help="Write the table there as well")] = None,
+) -> None:
+    """Mutate, test, print the table. Exit code 1 when a mutant survives that is not argued to be equivalent."""
+    import torch  # noqa: F401  before the forks, which then need not import it
+
+    chance, results = random.Random(seed), {}
+    with tempfile.TemporaryDirectory() as directory:
+        bench, seconds = Bench(Path(directory)), {}
+        for path, tests in sources(only):
+            if tests not in seconds:
+                started = time.monotonic()
+                if not bench.passes(tests, 1800):
+                    raise typer.BadParameter(f"{' '.join(tests)} fail without any change; mend them first")
+                seconds[tests] = time.monotonic() - started
+            every = mutants(path, (ROOT / "gtpo_megatron" / path).read_text(encoding="utf-8"))
+            chosen = (
+                every if not mutants_per_file else chance.sample(every, min(mutants_per_file, len(every)))
+            )
+            outcomes = results.setdefault(path, [])
+            for mutant in sorted(chosen, key=lambda m: m.line):
+                with bench.mutated(mutant):
+                    killed = not bench.passes(tests, 30 + 5 * seconds[tests])
+                outcomes.append((mutant, killed))
+                if not killed:
+                    typer.echo(f"survived: {mutant.path}:{mutant.line} {mutant.change}", err=True)
+    text = table(
+        results, f"`tools/mutants.py --mutants {mutants_per_file} --seed {seed}`, {len(results)} files:"
+    )
+    typer.echo(text)
+    if output is not None:
+        output.write_text(f"# Mutants\n\n{text}", encoding="utf-8")
+    left = sum(
+        not killed and m.name not in EQUIVALENT for outcomes in results.values() for m, killed in outcomes
+    )
+    raise typer.Exit(int(left > 0))
+
+
+if __name__ == "__main__":
+    typer.run(main)
