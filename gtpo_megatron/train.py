@@ -15,6 +15,7 @@ from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
+from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.step import (
@@ -29,6 +30,7 @@ from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,18 @@ def train(config: RunConfig) -> int:
             run.seconds.clear()
             with saved_before_giving_up(run, batches):
                 trajectories = batches.next()
+                table, micro_batches = dealt(run, trajectories)
             sampled_for = run.version
-            passed, update = train_on(run, trajectories)
-            run.step += 1
+            passed, update = train_on(run, table, micro_batches)
+            run.advance()
             with saved_before_giving_up(run, batches):
                 try:
                     with run.stage("weights"):
                         run.publish_weights()
                 finally:  # a checkpoint never stands ahead of the metrics
                     record(run, trajectories, passed, update, sampled_for)
-            stop_after_bad_steps(run, update)
+            with saved_before_giving_up(run, batches):
+                stop_after_bad_steps(run, update)
             if evaluation_due(run):
                 with saved_before_giving_up(run, batches):
                     evaluate(run)
@@ -77,8 +81,11 @@ def saved_before_giving_up(run: Run, batches: Batches) -> Iterator[None]:
     try:
         yield
     except UserError:
-        run.save_checkpoint(batches.sampler_state)
-        run.checkpointer.finish()
+        try:
+            run.save_checkpoint(batches.sampler_state)
+            run.checkpointer.finish()
+        except NonFiniteError as worthless:
+            log.warning("%s", worthless)
         raise
 
 
@@ -90,16 +97,21 @@ def save(run: Run, batches: Batches) -> None:
         run.save_checkpoint(batches.sampler_state)
 
 
-def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
-    """The update(s) of one batch, which rank 0 has, each a new weight version; one that cannot be applied ends them.
+def dealt(run: Run, trajectories: Sequence[Trajectory]) -> tuple[BatchTable, list[MicroBatch]]:
+    """The table of a batch that rank 0 has, and this rank's micro-batches of it. Collective."""
+    with run.stage("training"):
+        return deal(trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
+
+
+def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tuple[PassResult, Update]:
+    """The update(s) of one batch, each a new weight version; one that cannot be applied ends them.
 
     GTPO on policy: one forward and one backward pass, nothing else.
     """
     config, algorithm = run.config, run.config.algorithm
     temperature = config.rollout.temperature if algorithm.name != "sft" else 1.0
+    count = len(table)
     with run.stage("training"):
-        table, micro_batches = deal(trajectories, config.parallel, config.training.micro_batch_tokens)
-        count = len(table)
         if run.initial_entropy is None and algorithm.name == "gtpo":
             entropy = score(run.policy, micro_batches, count, temperature=temperature).completions["entropy"]
             run.initial_entropy = float(entropy.mean(dtype=np.float64))
@@ -210,6 +222,7 @@ def stop_after_bad_steps(run: Run, update: Update) -> None:
         note = run.path / "bad_steps" / f"step-{run.step:08d}.json"
         note.parent.mkdir(exist_ok=True)
         note.write_text(json.dumps({"step": run.step, "batch": str(batch), "weight_version": run.version}))
+    run.checkpointer.check_weights()  # with such weights no later step can be better
     if run.bad_steps >= run.config.training.max_bad_steps:
         raise UserError(
             f"{run.bad_steps} steps in a row had a loss or gradients that are not finite "
@@ -223,6 +236,7 @@ def finish(run: Run) -> None:
     config = run.config
     with run.stage("checkpoint"):
         run.checkpointer.finish()
+        run.checkpointer.check_weights()  # also where this process loaded its last checkpoint and trained no step
         if run.step >= config.training.steps and config.checkpoint.export_hf:
             export_hf_checkpoint(
                 run.policy,

@@ -292,11 +292,6 @@ def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.detach()
 
 
-def parameters_on_rank(policy: Policy) -> int:
-    """Number of parameters that this rank holds."""
-    return sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
-
-
 def is_reporting_rank() -> bool:
     """Whether this rank speaks for its data-parallel replica: last stage, first of its tensor and context groups."""
     return (

@@ -119,11 +119,13 @@ def analyse(trajectories: Sequence[Trajectory], normalize: Literal["mean", "std"
 
 
 def without_signal(trajectories: Sequence[Trajectory]) -> set[int]:
-    """Groups whose rewards are all equal."""
-    rewards: dict[int, set[float]] = {}
-    for trajectory in trajectories:
-        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
-    return {group for group, values in rewards.items() if len(values) == 1}
+    """Groups whose rewards are all equal but for rounding: those whose advantages are all 0."""
+    if not trajectories:
+        return set()
+    groups = torch.tensor([t.group for t in trajectories])
+    rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
+    some = group_advantages(rewards, groups).ne(0)
+    return set(groups.tolist()) - set(groups[some].tolist())
 
 
 def solutions(

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,10 @@ from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
 from gtpo_megatron.data.sampler import PromptSampler
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import COMPLETE, FAILED, MISTAKE, STOPPED, UserError
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
-from gtpo_megatron.policy.collective import on_rank_zero, together
+from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
 from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
@@ -35,6 +36,7 @@ from gtpo_megatron.rewards.pool import RewardPool
 from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
+from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.trajectories.store import TrajectoryStore
@@ -54,7 +56,17 @@ FIXED = {
         "top_p",
         "top_k",
     ),
-    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_grad"),
+    "optimizer": (
+        "lr",
+        "min_lr",
+        "schedule",
+        "warmup_steps",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "clip_grad",
+    ),
 }
 
 
@@ -71,17 +83,19 @@ class Run:
         self._stop_signal: int | None = None
         self.seconds: dict[str, float] = {}  # of this step's stages
         self._inner_seconds = 0.0  # of the stages inside the one that is open
+        self._stage = ""  # the innermost that is open
         try:
             self._open()
         except BaseException:
-            self.close()
+            self.__exit__(*sys.exc_info())
             raise
 
     def _open(self) -> None:
         config = self.config
         platform.init_process_group()
         self.main = world_rank() == 0
-        on_rank_zero(lambda: claim_directory(config))
+        self.owner: Owner | None = None  # on rank 0
+        on_rank_zero(self._claim_directory)
         self._stack.enter_context(logging_to(self.path / "logs" / f"rank-{world_rank()}.log"))
         initialize_parallel(config.parallel, config.training.seed)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -111,6 +125,21 @@ class Run:
         self._open_sampling()
         self._catch_signals()
 
+    def _claim_directory(self) -> None:
+        check_directory(self.config)
+        self.owner = Owner(self.path, self.config.training.steps)
+        self._stack.push(self._give_free)
+        keep_config(self.config)
+
+    def _give_free(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, UserError):
+            exit_code = MISTAKE
+        elif error is not None:
+            exit_code = FAILED
+        else:
+            exit_code = COMPLETE if self.step >= self.config.training.steps else STOPPED
+        self.owner.end(error, exit_code)
+
     def _load_prompts(self, data: DataConfig) -> PromptSet:
         prompts = load_prompts(data, self.tokenizer)
         log.info(
@@ -129,6 +158,8 @@ class Run:
         self.step, self.version = state.step, state.weight_version
         self.initial_entropy, self.bad_steps = state.initial_entropy, state.bad_steps
         self.saved_step = state.step if state.step else -1
+        if self.owner is not None:
+            self.owner.update(step=self.step)
 
     def _open_record(self) -> None:
         self.metrics: MetricsWriter | None = None
@@ -279,7 +310,7 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
-        with self.progress.stage(name):
+        with self.progress.stage(name), self._stage_in_status(name):
             started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
             try:
                 yield
@@ -288,6 +319,25 @@ class Run:
                 elapsed = time.perf_counter() - started
                 self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
                 self._inner_seconds = outer + elapsed
+
+    @contextmanager
+    def _stage_in_status(self, name: str) -> Iterator[None]:
+        if self.owner is None:
+            yield
+            return
+        outer, self._stage = self._stage, name
+        self.owner.stage(name)
+        try:
+            yield
+        finally:
+            self._stage = outer
+            self.owner.stage(outer)
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.step += 1
+        if self.owner is not None:
+            self.owner.update(step=self.step)
 
     def save_checkpoint(self, sampler_state: dict[str, Any]) -> None:
         """Write a checkpoint of the current step, once, to go on with prompts at `sampler_state`. Collective."""
@@ -300,20 +350,30 @@ class Run:
                 initial_entropy=self.initial_entropy,
                 sampler=sampler_state,
                 bad_steps=self.bad_steps,
-                trained_steps=self.step,
             )
         )
         self.saved_step = self.step
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective."""
-        return control.agree(self._stop_signal is not None) is not None
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective.
+
+        Raises UserError if another process has taken the run's directory.
+        """
+        lost = self.owner is not None and self.owner.lost is not None
+        if control.agree(lost or self._stop_signal is not None) is None:
+            return False
+        for_rank_zero(lambda: self.owner.check())
+        if self.owner is not None:
+            self.owner.stopping = True
+        return True
 
     def _catch_signals(self) -> None:
         def handle(number: int, _: Any) -> None:
             if self._stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt  # asked twice: now
             self._stop_signal = number
+            if self.owner is not None:
+                self.owner.stopping = True
             if self.main:
                 self.progress.note("stopping after this step (Ctrl-C again: at once)")
 
@@ -324,12 +384,9 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End engine, workers and files."""
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        """End engine, workers and files, say how the run ended, and give its directory free."""
+        self._stack.__exit__(*error)
 
 
 def _raise(error: UserError | None) -> None:
@@ -337,7 +394,7 @@ def _raise(error: UserError | None) -> None:
         raise error
 
 
-def claim_directory(config: RunConfig) -> None:
+def check_directory(config: RunConfig) -> None:
     """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
     path = config.path / "config.yaml"
     if path.exists():
@@ -355,6 +412,14 @@ def claim_directory(config: RunConfig) -> None:
         raise UserError(
             f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
         )
+
+
+def keep_config(config: RunConfig) -> None:
+    """Write config.yaml; what an earlier start of the run had there, if it was another, becomes config-1.yaml, and so on."""
+    path = config.path / "config.yaml"
+    if path.exists() and load_config(path) != config:
+        number = 1 + sum(1 for _ in config.path.glob("config-*.yaml"))
+        path.rename(config.path / f"config-{number}.yaml")
     save_config(config, path)
 
 

@@ -88,17 +88,17 @@ def passes_of_steps(
 ) -> tuple[int, list[dict[str, int]], int]:
     """Micro-batches of the batch, the passes of each of two steps, and the reference policy's forward passes in both."""
     from gtpo_megatron.policy.step import pack
-    from gtpo_megatron.train import train_on
+    from gtpo_megatron.train import dealt, train_on
 
     run, batch = start(checkpoint, algorithm, reference), sample_batch()
     steps, of_reference = [], {"forward": 0}
     for _ in range(2):
         with counted_passes(run.policy) as counts:
             if run.reference is None:
-                train_on(run, batch)
+                train_on(run, *dealt(run, batch))
             else:
                 with counted_passes(run.reference) as reference_counts:
-                    train_on(run, batch)
+                    train_on(run, *dealt(run, batch))
                 of_reference["forward"] += reference_counts["forward"]
         steps.append(counts)
     return len(pack(batch, ParallelConfig(), SMALL)), steps, of_reference["forward"]
@@ -126,7 +126,7 @@ def loss_and_gradients(
 
     train.apply_update = keep
     try:
-        passed, _ = train.train_on(run, batch)
+        passed, _ = train.train_on(run, *train.dealt(run, batch))
     finally:
         train.apply_update = apply_update
     return passed.loss, kept[0], passed.sums
@@ -136,11 +136,11 @@ def second_step(checkpoint: Path, budget: int) -> tuple[int, dict[str, np.ndarra
     """After one update, the gradient of another batch: this policy's, and that of a new one with its weights."""
     from gtpo_megatron.policy.model import build_policy
     from gtpo_megatron.policy.step import batch_objective, forward_backward, pack
-    from gtpo_megatron.train import train_on
+    from gtpo_megatron.train import dealt, train_on
 
     algorithm = AlgorithmConfig()
     run = start(checkpoint, algorithm, budget=budget)
-    train_on(run, sample_batch(seed=0))
+    train_on(run, *dealt(run, sample_batch(seed=0)))
     fresh = build_policy(
         ModelConfig(path=str(checkpoint), dtype="fp32"), ParallelConfig(), run.config.training
     )

@@ -54,6 +54,10 @@ PACKAGES = (
 )
 
 
+class NonFiniteError(UserError):
+    """Weights or optimizer state that hold a NaN or an infinity: there is nothing to save."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """What the training loop needs to go on, besides policy and optimizer. JSON-able."""
@@ -63,8 +67,6 @@ class TrainState:
     initial_entropy: float | None  # H_ini (specification, section 4)
     sampler: dict[str, Any]  # PromptSampler.state_dict
     bad_steps: int = 0  # updates skipped in a row
-    trained_steps: int = 0  # stored batches numbered below this have been trained on
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # the loop's own, JSON-able
 
 
 class Checkpointer:
@@ -86,10 +88,12 @@ class Checkpointer:
         """Write a checkpoint; with checkpoint.asynchronous the shards are written while training goes on.
 
         The weights are copied before it returns, so they may change. Raises UserError on every rank, and leaves nothing
-        behind, when the disk has not the room or writing fails; earlier checkpoints stay as they are.
+        behind, when the disk has not the room or writing fails; NonFiniteError when there is nothing worth writing. Earlier
+        checkpoints stay as they are.
         """
         self.finish()
         tensors, _ = tensor_state.training_state(self._policy, self._optimizer)
+        self._refuse_nonfinite(tensors)
         needed = tensor_state.stored_bytes(tensors)
 
         def start() -> Path:
@@ -113,6 +117,19 @@ class Checkpointer:
                 self._complete()
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             self._abandon(partial, error)
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteError on every rank, naming tensors, if the policy's weights are not finite."""
+        self._refuse_nonfinite(tensor_state.policy_tensors(self._policy))
+
+    def _refuse_nonfinite(self, tensors: dict[str, Any]) -> None:
+        found = control.gather_to_zero(together(lambda: tensor_state.nonfinite_tensors(tensors))) or []
+        if names := control.broadcast_from_zero(sorted({name for part in found for name in part})):
+            raise NonFiniteError(
+                f"{len(names)} tensors of weights or optimizer are not finite (NaN or infinity), e.g. {names[0]}: the "
+                "training has diverged, and no checkpoint of it was written. Start again to go on from the newest "
+                f"checkpoint in {self._directory}, or anew, with a lower optimizer.lr or optimizer.clip_grad"
+            )
 
     def poll(self) -> None:
         """Publish an asynchronous save if its shards are written; call it once a step."""
@@ -253,6 +270,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
         content = json.loads(path.read_bytes())
+        for retired in ("trained_steps", "extra"):  # of the first versions; nothing ever read them
+            content["train"].pop(retired, None)
         TrainState(**content["train"])
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:

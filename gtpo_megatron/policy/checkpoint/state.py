@@ -81,6 +81,17 @@ def stored_bytes(tensors: dict[str, Any]) -> int:
     return int(total)
 
 
+def nonfinite_tensors(tensors: dict[str, Any]) -> list[str]:
+    """Names of the floating-point tensors, of those that this rank stores, with a NaN or an infinity. Sorted."""
+    stored = [
+        t for t in nested_values(tensors) if is_main_replica(t.replica_id) and t.data.is_floating_point()
+    ]
+    if not stored:
+        return []
+    finite = torch.stack([t.data.isfinite().all() for t in stored]).tolist()  # one wait for the device
+    return sorted({t.key for t, good in zip(stored, finite, strict=True) if not good})
+
+
 def begin_save(tensors: dict[str, Any], directory: Path, *, asynchronous: bool) -> Any:
     """Plan the writing of sharded tensors into an existing empty directory. Collective.
 
