@@ -32,6 +32,7 @@ ALLOWED = {
     "run": BASE
     | {
         "data",
+        "plan",
         "policy",
         "rewards",
         "rollout",

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
-from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
+from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
 from gtpo_megatron.errors import COMPLETE, FAILED, MISTAKE, STOPPED, UserError
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
 from gtpo_megatron.policy.collective import on_rank_zero, together
@@ -34,7 +36,7 @@ from gtpo_megatron.policy.model import (
 from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
 from gtpo_megatron.policy.step import token_logprobs
 from gtpo_megatron.rewards.pool import RewardPool
-from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
+from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.directory import Owner
@@ -103,6 +105,13 @@ class Run:
             config.model.tokenizer or config.model.path
         )
         self.prompts = self._load_prompts(config.data)
+        if config.algorithm.name == "sft":
+            self.prompts = with_solutions_within(self.prompts, self.tokenizer, longest_sequence(config))
+            log.info(
+                "%s: %d prompts left out, too long with solutions",
+                config.data.path,
+                self.prompts.long_solutions,
+            )
         self.evaluation_prompts = (
             self._load_prompts(config.evaluation.data) if config.evaluation.data else None
         )
@@ -179,6 +188,12 @@ class Run:
                     f"left out of {prompts.rows}"
                 )
 
+        if self.prompts.long_solutions:
+            self.progress.note(
+                f"data: {self.prompts.long_solutions} prompts left out that have, with their solutions, over "
+                f"{longest_sequence(self.config)} tokens"
+            )
+
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
@@ -250,7 +265,11 @@ class Run:
             GroupPrompt(i, prompt, 0, i)
             for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
         ]
-        sequences = solutions(fixed, self.tokenizer, self.step)
+        # as long as what is sampled may be: that fits the model and a micro-batch, a data set's solution need not
+        sequences = [
+            cut(t, config.data.max_prompt_tokens + config.rollout.max_new_tokens - len(t.prompt_ids))
+            for t in solutions(fixed, self.tokenizer, self.step)
+        ]
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
@@ -391,6 +410,13 @@ class Run:
 def _raise(error: UserError | None) -> None:
     if error is not None:
         raise error
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of a prompt and its completion that the model's positions and a micro-batch, padding included, can hold."""
+    alignment = sequence_alignment(config.parallel)
+    within_batch = config.training.micro_batch_tokens // alignment * alignment
+    return min(within_batch, read_shape(config.model.path).max_positions)
 
 
 def check_directory(config: RunConfig) -> None:
