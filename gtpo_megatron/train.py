@@ -155,7 +155,9 @@ def record(
     metrics: dict[str, Any] = {"loss": passed.loss, "grad_norm": update.grad_norm, "lr": update.learning_rate}
     metrics |= {"update/applied": update.applied, "weight_version": run.version}
     if run.config.algorithm.name != "sft":
-        metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
+        metrics |= summarise(trajectories) | policy_metrics(
+            passed, tokens, len(trajectories), run.config.algorithm.importance.level
+        )
         metrics["entropy/initial"] = run.initial_entropy
         metrics |= run.mismatch or {}
         metrics["staleness"] = version - min(int(t.token_versions.min()) for t in trajectories)
@@ -167,8 +169,11 @@ def record(
     run.progress.step(run.step, metrics)
 
 
-def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[str, float]:
-    """What the training pass saw: entropy, gate, and the gap between trainer and sampler."""
+def policy_metrics(passed: PassResult, tokens: int, completions: int, importance: str) -> dict[str, float]:
+    """What the training pass saw: entropy, gate, and the gap between trainer and sampler.
+
+    `importance`: what the importance weights are of, tokens or whole completions (`algorithm.importance.level`).
+    """
     values = passed.completions
     quantiles = np.quantile(values["entropy"], (0.1, 0.5, 0.9))
     metrics = {
@@ -182,7 +187,8 @@ def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[st
     if "gate" in values:
         metrics["gate/pass_rate"] = values["gate"].mean()
     per = {"clipped": ("ratio/clipped_share", tokens), "kl": ("kl/mean", tokens)}
-    per["importance_truncated"] = ("importance/truncated_share", completions)
+    weighed = tokens if importance == "token" else completions
+    per["importance_truncated"] = ("importance/truncated_share", weighed)
     for name, total in passed.sums.items():
         metric, count = per[name]
         metrics[metric] = total / count

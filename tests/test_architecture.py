@@ -33,6 +33,7 @@ ALLOWED = {
     "run": BASE
     | {
         "data",
+        "plan",
         "policy",
         "rewards",
         "rollout",

@@ -374,6 +374,16 @@ def test_a_verifier_that_fails_ends_the_run_after_saving(
     assert all("no verdict" in t.reward_error for batch in stored(tolerant) for t in batch)
 
 
+def test_the_truncated_share_is_one_of_what_is_weighed() -> None:
+    from gtpo_megatron.policy.step import PassResult
+    from gtpo_megatron.train import policy_metrics
+
+    values = {name: np.zeros(2) for name in ("entropy", "gap", "gap_max")}
+    passed = PassResult(loss=0.0, completions=values, sums={"importance_truncated": 3.0})
+    for level, share in (("token", 3 / 12), ("sequence", 3 / 4)):
+        assert policy_metrics(passed, 12, 4, level)["importance/truncated_share"] == share
+
+
 def supervised(make: Callable[..., RunConfig], name: str, **training: Any) -> RunConfig:
     return make(
         name,
@@ -438,3 +448,21 @@ def test_a_run_has_one_owner_and_says_how_it_ended(ranks: RankPool, make: Callab
     status = read_status(broken.path)
     assert (status.state, status.exit_code, status.message) == ("failed", 2, message)
     assert not (broken.path / "lease.json").exists()
+
+
+def test_solutions_that_are_too_long_are_left_out_of_supervised_fine_tuning(
+    ranks: RankPool, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    rows = [{"question": f"{a} + 1 =", "answer": str(a + 1), "solution": "count on"} for a in range(8)]
+    rows[3]["solution"] = "count on " * 400
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sections = {"algorithm": {"name": "sft"}, "training": {"steps": 4}}
+    config = make("long-solution", data={"path": str(path), "fields": {"solution": "solution"}}, **sections)
+    assert ranks.run(1, run_training, config) == [0]
+    assert "1 prompts left out, too long with" in (config.path / "logs" / "rank-0.log").read_text()
+    path.write_text(json.dumps(rows[3]))
+    nothing = make("long-solutions", data={"path": str(path), "fields": {"solution": "solution"}}, **sections)
+    (message,) = ranks.run(1, run_training, nothing)
+    assert "none of 1 prompts" in message and "training.micro_batch_tokens" in message
+    assert not (nothing.path / "metrics.jsonl").exists()

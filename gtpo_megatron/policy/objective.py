@@ -24,6 +24,7 @@ from gtpo_megatron.algorithm import (
     token_weights,
 )
 from gtpo_megatron.config import AlgorithmConfig
+from gtpo_megatron.config.algorithm import GateConfig
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.head import TokenStatistics
 from gtpo_megatron.trajectories.shares import BatchTable
@@ -115,7 +116,9 @@ def _gtpo(
     )
     threshold, mode, gamma = config.gate.threshold, config.gate.mode, config.gamma
     if config.compat == "reference":
-        threshold, mode, gamma = REFERENCE_THRESHOLD, "always", REFERENCE_GAMMA
+        mode, gamma = "always", REFERENCE_GAMMA
+        if threshold == GateConfig.model_fields["threshold"].default:
+            threshold = REFERENCE_THRESHOLD
     mean_entropy = report.completions["entropy"]
     gate = entropy_gate(mean_entropy, initial_entropy, threshold, mode, advantages)
     report.completions["gate"] = gate
@@ -176,8 +179,8 @@ def _importance(
     importance = importance_weights(
         *both, batch.lengths, level=config.importance.level, cap=config.importance.cap
     )
-    share = importance.truncated_share * (len(batch.indices) / context_group.size())
-    report.sums["importance_truncated"] = share
+    weighed = batch.lengths.sum() if config.importance.level == "token" else len(batch.indices)
+    report.sums["importance_truncated"] = importance.truncated_share * weighed / context_group.size()
     return importance.weights
 
 

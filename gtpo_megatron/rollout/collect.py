@@ -128,6 +128,16 @@ def without_signal(trajectories: Sequence[Trajectory]) -> set[int]:
     return set(groups.tolist()) - set(groups[some].tolist())
 
 
+def cut(trajectory: Trajectory, length: int) -> Trajectory:
+    """The trajectory with no more than its first `length` completion tokens."""
+    if trajectory.length <= length:
+        return trajectory
+    arrays = {
+        name: getattr(trajectory, name)[:length] for name in ("token_ids", "logprobs", "token_versions")
+    }
+    return replace(trajectory, finish_reason="length", **arrays)
+
+
 def solutions(
     prompts: Sequence[GroupPrompt], tokenizer: PreTrainedTokenizerBase, step: int
 ) -> list[Trajectory]:

@@ -1,7 +1,6 @@
 """Everything that a run holds, opened and closed in one place; `train.py` is the algorithm that walks over it."""
 
 import logging
-import shutil
 import signal
 import sys
 import threading
@@ -15,10 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
-from gtpo_megatron.config.loading import load_config, save_config
-from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
+from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
 from gtpo_megatron.errors import COMPLETE, FAILED, MISTAKE, STOPPED, UserError
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
 from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
@@ -33,42 +33,16 @@ from gtpo_megatron.policy.model import (
 from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
 from gtpo_megatron.policy.step import token_logprobs
 from gtpo_megatron.rewards.pool import RewardPool
-from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
+from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.directory import Owner
+from gtpo_megatron.run.identity import check_directory, keep_config
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
-
-# a resumed run may change these; anything else would make it another run
-RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
-FIXED = {
-    "training": ("seed", "sft_batch_size"),
-    "rollout": (
-        "engine",
-        "prompts_per_step",
-        "group_size",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-    ),
-    "optimizer": (
-        "lr",
-        "min_lr",
-        "schedule",
-        "warmup_steps",
-        "weight_decay",
-        "beta1",
-        "beta2",
-        "eps",
-        "clip_grad",
-    ),
-}
-
 
 CERTIFICATE_PROMPTS = 4
 
@@ -102,6 +76,13 @@ class Run:
             config.model.tokenizer or config.model.path
         )
         self.prompts = self._load_prompts(config.data)
+        if config.algorithm.name == "sft":
+            self.prompts = with_solutions_within(self.prompts, self.tokenizer, longest_sequence(config))
+            log.info(
+                "%s: %d prompts left out, too long with solutions",
+                config.data.path,
+                self.prompts.long_solutions,
+            )
         self.evaluation_prompts = (
             self._load_prompts(config.evaluation.data) if config.evaluation.data else None
         )
@@ -178,6 +159,12 @@ class Run:
                     f"left out of {prompts.rows}"
                 )
 
+        if self.prompts.long_solutions:
+            self.progress.note(
+                f"data: {self.prompts.long_solutions} prompts left out that have, with their solutions, over "
+                f"{longest_sequence(self.config)} tokens"
+            )
+
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
@@ -252,7 +239,11 @@ class Run:
             GroupPrompt(i, prompt, 0, i)
             for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
         ]
-        sequences = solutions(fixed, self.tokenizer, self.step)
+        # as long as what is sampled may be: that fits the model and a micro-batch, a data set's solution need not
+        sequences = [
+            cut(t, config.data.max_prompt_tokens + config.rollout.max_new_tokens - len(t.prompt_ids))
+            for t in solutions(fixed, self.tokenizer, self.step)
+        ]
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
@@ -394,48 +385,11 @@ def _raise(error: UserError | None) -> None:
         raise error
 
 
-def check_directory(config: RunConfig) -> None:
-    """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
-    path = config.path / "config.yaml"
-    if path.exists():
-        differences = list(_differences(load_config(path), config))
-        if differences:
-            shown = "; ".join(differences[:5])
-            raise UserError(
-                f"{config.path}: holds a run with another configuration ({shown}). "
-                "Give this run another name (name=...), or remove the directory"
-            )
-    config.path.mkdir(parents=True, exist_ok=True)
-    (config.path / "logs").mkdir(exist_ok=True)
-    free = shutil.disk_usage(config.path).free
-    if free < 2**28:
-        raise UserError(
-            f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
-        )
-
-
-def keep_config(config: RunConfig) -> None:
-    """Write config.yaml; what an earlier start of the run had there, if it was another, becomes config-1.yaml, and so on."""
-    path = config.path / "config.yaml"
-    if path.exists() and load_config(path) != config:
-        number = 1 + sum(1 for _ in config.path.glob("config-*.yaml"))
-        path.rename(config.path / f"config-{number}.yaml")
-    save_config(config, path)
-
-
-def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section, value in after.items():
-        if section not in RESUMABLE and value != before[section]:
-            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
-        for key in FIXED.get(section, ()):
-            if value[key] != before[section][key]:
-                yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of a prompt and its completion that the model's positions and a micro-batch, padding included, can hold."""
+    alignment = sequence_alignment(config.parallel)
+    within_batch = config.training.micro_batch_tokens // alignment * alignment
+    return min(within_batch, read_shape(config.model.path).max_positions)
 
 
 @contextmanager
