@@ -254,7 +254,7 @@ def work_ours(method: Method, groups: list[Group], directory: Path, turns: int) 
     clock.count(*policy.chunks, *(reference.chunks if reference else ()))
     for _ in range(turns):
         clock.begin()
-        passed, _ = train.train_on(run, analyse(batch, "std" if grpo else "mean"))
+        passed, _ = train.train_on(run, *train.dealt(run, analyse(batch, "std" if grpo else "mean")))
         clock.end(passed.loss)
 
 

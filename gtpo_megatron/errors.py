@@ -1,6 +1,8 @@
 """How a program ends: the exit codes of a training run, and the one exception that means "the user can mend this"."""
 
 COMPLETE = 0  # all steps are done
+FAILED = 1  # a fault of the program or the machine
+MISTAKE = 2  # a UserError
 STOPPED = 3  # a signal ended the run early; the same command goes on with it
 
 

@@ -15,13 +15,14 @@ from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
+from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.step import (
     PassResult,
     batch_objective,
+    deal,
     forward_backward,
-    pack,
     score,
     with_logprobs,
 )
@@ -29,6 +30,7 @@ from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,18 @@ def train(config: RunConfig) -> int:
             run.seconds.clear()
             with saved_before_giving_up(run, batches):
                 trajectories = batches.next()
-            staleness = run.version - min(int(t.token_versions.min()) for t in trajectories)
-            passed, update = train_on(run, trajectories)
-            run.step += 1
+                table, micro_batches = dealt(run, trajectories)
+            sampled_for = run.version
+            passed, update = train_on(run, table, micro_batches)
+            run.advance()
             with saved_before_giving_up(run, batches):
                 try:
                     with run.stage("weights"):
                         run.publish_weights()
                 finally:  # a checkpoint never stands ahead of the metrics
-                    record(run, trajectories, passed, update, staleness)
-            stop_after_bad_steps(run, update)
+                    record(run, trajectories, passed, update, sampled_for)
+            with saved_before_giving_up(run, batches):
+                stop_after_bad_steps(run, update)
             if evaluation_due(run):
                 with saved_before_giving_up(run, batches):
                     evaluate(run)
@@ -77,8 +81,11 @@ def saved_before_giving_up(run: Run, batches: Batches) -> Iterator[None]:
     try:
         yield
     except UserError:
-        run.save_checkpoint(batches.sampler_state)
-        run.checkpointer.finish()
+        try:
+            run.save_checkpoint(batches.sampler_state)
+            run.checkpointer.finish()
+        except NonFiniteError as worthless:
+            log.warning("%s", worthless)
         raise
 
 
@@ -90,16 +97,21 @@ def save(run: Run, batches: Batches) -> None:
         run.save_checkpoint(batches.sampler_state)
 
 
-def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, Update]:
+def dealt(run: Run, trajectories: Sequence[Trajectory]) -> tuple[BatchTable, list[MicroBatch]]:
+    """The table of a batch that rank 0 has, and this rank's micro-batches of it. Collective."""
+    with run.stage("training"):
+        return deal(trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
+
+
+def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tuple[PassResult, Update]:
     """The update(s) of one batch, each a new weight version; one that cannot be applied ends them.
 
     GTPO on policy: one forward and one backward pass, nothing else.
     """
     config, algorithm = run.config, run.config.algorithm
     temperature = config.rollout.temperature if algorithm.name != "sft" else 1.0
-    count = len(trajectories)
+    count = len(table)
     with run.stage("training"):
-        micro_batches = pack(trajectories, config.parallel, config.training.micro_batch_tokens)
         if run.initial_entropy is None and algorithm.name == "gtpo":
             entropy = score(run.policy, micro_batches, count, temperature=temperature).completions["entropy"]
             run.initial_entropy = float(entropy.mean(dtype=np.float64))
@@ -108,7 +120,7 @@ def train_on(run: Run, trajectories: Sequence[Trajectory]) -> tuple[PassResult, 
             micro_batches = with_logprobs(
                 run.reference, micro_batches, "reference_logprobs", temperature=temperature
             )
-        objective = batch_objective(algorithm, trajectories, run.initial_entropy or 0.0)
+        objective = batch_objective(algorithm, table, run.initial_entropy or 0.0)
         for _ in range(algorithm.updates_per_batch):
             passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
             update = apply_update(run.optimizer, run.policy, passed.loss)
@@ -131,19 +143,24 @@ def with_old_logprobs(run: Run, micro_batches: list[MicroBatch], temperature: fl
 
 
 def record(
-    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, staleness: int
+    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, version: int
 ) -> None:
-    """Write the step's metrics. `staleness`: how many updates older the oldest token's weights were."""
+    """Write the step's metrics, on rank 0. `version`: of the weights when the batch was taken.
+
+    `staleness` is how many updates older the oldest token's weights were.
+    """
     if not run.main:
         return
     tokens = sum(t.length for t in trajectories)
     metrics: dict[str, Any] = {"loss": passed.loss, "grad_norm": update.grad_norm, "lr": update.learning_rate}
     metrics |= {"update/applied": update.applied, "weight_version": run.version}
     if run.config.algorithm.name != "sft":
-        metrics |= summarise(trajectories) | policy_metrics(passed, tokens, len(trajectories))
+        metrics |= summarise(trajectories) | policy_metrics(
+            passed, tokens, len(trajectories), run.config.algorithm.importance.level
+        )
         metrics["entropy/initial"] = run.initial_entropy
         metrics |= run.mismatch or {}
-        metrics["staleness"] = staleness
+        metrics["staleness"] = version - min(int(t.token_versions.min()) for t in trajectories)
     seconds = sum(run.seconds.values())
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
     metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
@@ -152,8 +169,11 @@ def record(
     run.progress.step(run.step, metrics)
 
 
-def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[str, float]:
-    """What the training pass saw: entropy, gate, and the gap between trainer and sampler."""
+def policy_metrics(passed: PassResult, tokens: int, completions: int, importance: str) -> dict[str, float]:
+    """What the training pass saw: entropy, gate, and the gap between trainer and sampler.
+
+    `importance`: what the importance weights are of, tokens or whole completions (`algorithm.importance.level`).
+    """
     values = passed.completions
     quantiles = np.quantile(values["entropy"], (0.1, 0.5, 0.9))
     metrics = {
@@ -167,7 +187,8 @@ def policy_metrics(passed: PassResult, tokens: int, completions: int) -> dict[st
     if "gate" in values:
         metrics["gate/pass_rate"] = values["gate"].mean()
     per = {"clipped": ("ratio/clipped_share", tokens), "kl": ("kl/mean", tokens)}
-    per["importance_truncated"] = ("importance/truncated_share", completions)
+    weighed = tokens if importance == "token" else completions
+    per["importance_truncated"] = ("importance/truncated_share", weighed)
     for name, total in passed.sums.items():
         metric, count = per[name]
         metrics[metric] = total / count
@@ -185,10 +206,9 @@ def evaluate(run: Run) -> None:
         return
     with run.stage("evaluation"):
         prompts = run.evaluation_prompts.prompts
-        result = figures(
-            evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
-        )
+        sampled = evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
     if run.main:
+        result = figures(sampled)
         run.metrics.log(run.step, result)
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in result.items())
         run.progress.note(f"evaluation after step {run.step}: {shown}")
@@ -208,6 +228,7 @@ def stop_after_bad_steps(run: Run, update: Update) -> None:
         note = run.path / "bad_steps" / f"step-{run.step:08d}.json"
         note.parent.mkdir(exist_ok=True)
         note.write_text(json.dumps({"step": run.step, "batch": str(batch), "weight_version": run.version}))
+    run.checkpointer.check_weights()  # with such weights no later step can be better
     if run.bad_steps >= run.config.training.max_bad_steps:
         raise UserError(
             f"{run.bad_steps} steps in a row had a loss or gradients that are not finite "
@@ -221,6 +242,7 @@ def finish(run: Run) -> None:
     config = run.config
     with run.stage("checkpoint"):
         run.checkpointer.finish()
+        run.checkpointer.check_weights()  # also where this process loaded its last checkpoint and trained no step
         if run.step >= config.training.steps and config.checkpoint.export_hf:
             export_hf_checkpoint(
                 run.policy,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config.loading import load_config
+from gtpo_megatron.run.directory import Owner, read_status
 from gtpo_megatron.run.metrics import read_metrics
 from gtpo_megatron.run.verify_resume import compare
 from gtpo_megatron.trajectories.record import Trajectory
@@ -17,6 +20,7 @@ from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.pool import RankPool
 from tests.training_jobs import (
     reward,
+    run_destroying_weights,
     run_noting_the_store,
     run_training,
     run_with_signal,
@@ -341,6 +345,7 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
         rewards={"terms": [reward("beyond_single_precision")]},
     )
     (message,) = ranks.run(1, run_training, config)
+    assert checkpoints(config) == ["step-000002"]  # saved before giving up
     assert "2 steps in a row" in message and "training.max_bad_steps: 2" in message
     assert [(line["update/applied"], line["weight_version"]) for line in metrics_of(config)] == [
         (False, 0),
@@ -367,3 +372,97 @@ def test_a_verifier_that_fails_ends_the_run_after_saving(
     assert ranks.run(1, run_training, tolerant) == [0]
     assert [line["reward/failed"] for line in metrics_of(tolerant)] == [1.0] * 3
     assert all("no verdict" in t.reward_error for batch in stored(tolerant) for t in batch)
+
+
+def test_the_truncated_share_is_one_of_what_is_weighed() -> None:
+    from gtpo_megatron.policy.step import PassResult
+    from gtpo_megatron.train import policy_metrics
+
+    values = {name: np.zeros(2) for name in ("entropy", "gap", "gap_max")}
+    passed = PassResult(loss=0.0, completions=values, sums={"importance_truncated": 3.0})
+    for level, share in (("token", 3 / 12), ("sequence", 3 / 4)):
+        assert policy_metrics(passed, 12, 4, level)["importance/truncated_share"] == share
+
+
+def supervised(make: Callable[..., RunConfig], name: str, **training: Any) -> RunConfig:
+    return make(
+        name,
+        algorithm={"name": "sft"},
+        training={"steps": 3, **training},
+        checkpoint={"every": 1, "export_hf": True},
+    )
+
+
+@pytest.mark.parametrize(("step", "saved"), [(3, "step-000002"), (2, "step-000001")])
+def test_weights_that_are_not_finite_never_become_a_result(
+    ranks: RankPool, make: Callable[..., RunConfig], step: int, saved: str
+) -> None:
+    config = supervised(make, f"destroyed-{step}")
+    (message,) = ranks.run(1, run_destroying_weights, config, step)
+    assert "not finite" in message and "optimizer.lr" in message and "embedding" in message
+    assert checkpoints(config)[-1] == saved
+    assert (config.path / "checkpoints" / "latest").readlink() == Path(saved)
+    assert not (config.path / "hf").exists()
+    assert ranks.run(1, run_training, config) == [0]  # from what is whole
+    assert (config.path / "hf" / "config.json").is_file()
+
+
+def test_a_batch_that_cannot_be_packed_ends_the_run_after_saving(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    config = make("packing", training={"micro_batch_tokens": 8}, checkpoint={"every": 0})
+    (message,) = ranks.run(1, run_training, config)
+    assert "training.micro_batch_tokens: 8" in message
+    assert checkpoints(config) == ["step-000000"]
+    assert len(stored(config)) == 1  # what was sampled is kept
+
+
+def test_a_run_has_one_owner_and_says_how_it_ended(ranks: RankPool, make: Callable[..., RunConfig]) -> None:
+    config = make("owned", training={"steps": 2})
+    owner = Owner(config.path, steps=2)
+    (message,) = ranks.run(1, run_training, config)
+    assert f"process {os.getpid()}" in message and "going on already" in message
+    assert not (config.path / "config.yaml").exists()
+    owner.end(None, 0)
+    assert ranks.run(1, run_training, config) == [0]
+    status = read_status(config.path)
+    assert (status.state, status.step, status.steps, status.checkpoint_step) == ("complete", 2, 2, 2)
+    assert (status.exit_code, status.message) == (0, "")
+    other = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"min_lr": 1e-6, "lr": 1.0})}
+    )
+    (message,) = ranks.run(1, run_training, other)
+    assert "optimizer.min_lr" in message
+    assert read_status(config.path) == status  # another run's refusal is not this run's end
+    longer = make(
+        "owned", training={"steps": 3}, rewards={"terms": [reward("different_characters")], "workers": 1}
+    )
+    assert ranks.run(1, run_training, longer) == [0]
+    assert (load_config(config.path / "config-1.yaml"), load_config(config.path / "config.yaml")) == (
+        config,
+        longer,
+    )
+    assert not (config.path / "lease.json").exists()
+    broken = make("owned-failed", rewards={"terms": [reward("failing")], "max_failed_share": 0.5})
+    (message,) = ranks.run(1, run_training, broken)
+    status = read_status(broken.path)
+    assert (status.state, status.exit_code, status.message) == ("failed", 2, message)
+    assert not (broken.path / "lease.json").exists()
+
+
+def test_solutions_that_are_too_long_are_left_out_of_supervised_fine_tuning(
+    ranks: RankPool, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    rows = [{"question": f"{a} + 1 =", "answer": str(a + 1), "solution": "count on"} for a in range(8)]
+    rows[3]["solution"] = "count on " * 400
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sections = {"algorithm": {"name": "sft"}, "training": {"steps": 4}}
+    config = make("long-solution", data={"path": str(path), "fields": {"solution": "solution"}}, **sections)
+    assert ranks.run(1, run_training, config) == [0]
+    assert "1 prompts left out, too long with" in (config.path / "logs" / "rank-0.log").read_text()
+    path.write_text(json.dumps(rows[3]))
+    nothing = make("long-solutions", data={"path": str(path), "fields": {"solution": "solution"}}, **sections)
+    (message,) = ranks.run(1, run_training, nothing)
+    assert "none of 1 prompts" in message and "training.micro_batch_tokens" in message
+    assert not (nothing.path / "metrics.jsonl").exists()

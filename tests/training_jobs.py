@@ -52,9 +52,9 @@ def run_noting_the_store(config: RunConfig) -> tuple[int | str, list[bool]]:
 
     train_on, stored = module.train_on, []
 
-    def noting(run: Any, trajectories: Any) -> Any:
+    def noting(run: Any, *batch: Any) -> Any:
         stored.append(run.store.path(run.step).exists())
-        return train_on(run, trajectories)
+        return train_on(run, *batch)
 
     module.train_on = noting
     try:
@@ -92,4 +92,26 @@ def run_without_a_last_evaluation(config: RunConfig) -> int | str:
         return evaluate(*arguments)
 
     with patch.object(loop, "evaluate_prompts", fail_at_the_end):
+        return run_training(config)
+
+
+def run_destroying_weights(config: RunConfig, step: int) -> int | str:
+    """As `run_training`, but one parameter becomes NaN with the update of the step of this number, from 1."""
+    import torch
+
+    from gtpo_megatron import train as loop
+
+    apply_update = loop.apply_update
+    updates = 0
+
+    def destroy(optimizer: Any, policy: Any, loss: float) -> Any:
+        nonlocal updates
+        updates += 1
+        update = apply_update(optimizer, policy, loss)
+        if updates == step:
+            with torch.no_grad():
+                next(iter(policy.chunks[0].parameters())).view(-1)[0] = float("nan")
+        return update
+
+    with patch.object(loop, "apply_update", destroy):
         return run_training(config)

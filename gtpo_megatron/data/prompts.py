@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jinja2 import TemplateError
@@ -43,6 +43,7 @@ class PromptSet:
     too_long: int  # filtered: over data.max_prompt_tokens
     skipped: int  # malformed, with data.bad_rows: skip
     skipped_examples: tuple[str, ...]  # what was wrong with the first few of them
+    long_solutions: int = 0  # filtered for supervised fine-tuning: see `with_solutions_within`
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -99,6 +100,25 @@ def solution_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int
     """
     text = _formatted(prompt)
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_of_turn_id(tokenizer)]
+
+
+def with_solutions_within(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, limit: int) -> PromptSet:
+    """The prompts that have, with their solutions, at most `limit` tokens; `long_solutions` counts the others.
+
+    Raises:
+        UserError: none is left.
+    """
+    kept = tuple(
+        prompt
+        for prompt in prompts.prompts
+        if len(prompt.prompt_ids) + len(solution_ids(prompt, tokenizer)) <= limit
+    )
+    if not kept:
+        raise UserError(
+            f"data.path: none of {len(prompts)} prompts has, with its solution, at most {limit} tokens, what "
+            "training.micro_batch_tokens and the model's positions hold; raise training.micro_batch_tokens"
+        )
+    return replace(prompts, prompts=kept, long_solutions=len(prompts) - len(kept))
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

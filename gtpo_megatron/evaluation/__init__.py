@@ -10,6 +10,7 @@ from gtpo_megatron.config import RewardTerm, RunConfig
 from gtpo_megatron.data.prompts import Prompt, load_prompts, stop_token_ids
 from gtpo_megatron.evaluation.passk import maj_at_k, pass_at_k
 from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.collective import on_rank_zero
 from gtpo_megatron.policy.model import DTYPES, world_rank
 from gtpo_megatron.rewards.pool import RewardPool
 from gtpo_megatron.rollout.collect import GroupPrompt, gather, group_seed, sample_share
@@ -30,7 +31,7 @@ def evaluate_prompts(
 ) -> list[Trajectory]:
     """Sample the prompts with the engine's weights and score them, whatever the training reward is. Collective.
 
-    One completion a prompt is greedy; more are sampled at the training temperature. `engine` is None on ranks without one.
+    The completions are on rank 0; there are none elsewhere. One completion a prompt is greedy; more are sampled at the training temperature. `engine` is None on ranks without one.
     """
     samples = config.evaluation.samples
     params = SamplingParams(
@@ -65,7 +66,8 @@ def evaluate_checkpoint(config: RunConfig) -> dict[str, float]:
     engine.update_weights(
         AutoModelForCausalLM.from_pretrained(path, dtype=dtype).state_dict().items(), version=0
     )
-    return figures(evaluate_prompts(config, engine, threading.Lock(), tokenizer, prompts, step=0))
+    sampled = evaluate_prompts(config, engine, threading.Lock(), tokenizer, prompts, step=0)
+    return on_rank_zero(lambda: figures(sampled))
 
 
 def figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -130,6 +130,14 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
         )
     if not sampled and rollout.staleness:
         yield f"rollout.staleness: {rollout.staleness} has no meaning with algorithm.name: sft, which samples nothing"
+    importance = config.algorithm.importance.level
+    if importance != "off" and not sampled:
+        yield f"algorithm.importance.level: {importance} has no meaning with algorithm.name: sft, which samples nothing"
+    elif importance != "off" and config.algorithm.old_logprobs == "sampler":
+        yield (
+            f"algorithm.importance.level: {importance} has no effect with algorithm.old_logprobs: sampler, whose likelihood "
+            "ratio is already that to the sampler; drop one of the two"
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr: {config.optimizer.lr}"
     if config.optimizer.warmup_steps > config.training.steps:

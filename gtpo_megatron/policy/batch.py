@@ -1,6 +1,6 @@
 """Packed micro-batches: completions laid end to end (THD), this context-parallel rank's share of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gtpo_megatron.policy.layers.local import zigzag_order
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import Row
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class MicroBatch:
 
 
 def make_micro_batch(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory] | Mapping[int, Row],
     indices: Sequence[int],
     *,
     alignment: int = 1,

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
@@ -114,6 +115,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+        distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -288,11 +290,6 @@ def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in policy.bridge.export_hf_weights(modules, cpu=True, show_progress=False):
         whole = tensor[: policy.vocab_size] if name.endswith(_VOCABULARY_WEIGHTS) else tensor
         yield name, whole.detach()
-
-
-def parameters_on_rank(policy: Policy) -> int:
-    """Number of parameters that this rank holds."""
-    return sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
 
 
 def is_reporting_rank() -> bool:

@@ -4,7 +4,7 @@ Every objective is a sum over completions whose normaliser is that of the whole 
 kind, add up to the loss of the batch whatever the plan. Only the last pipeline stage calls these.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,9 +24,10 @@ from gtpo_megatron.algorithm import (
     token_weights,
 )
 from gtpo_megatron.config import AlgorithmConfig
+from gtpo_megatron.config.algorithm import GateConfig
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.head import TokenStatistics
-from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,17 @@ class BatchConstants:
     num_tokens: int
 
     @classmethod
-    def of(
-        cls, trajectories: Sequence[Trajectory], config: AlgorithmConfig, device: torch.device
-    ) -> "BatchConstants":
-        """Read them off the trajectories."""
+    def of(cls, table: BatchTable, config: AlgorithmConfig, device: torch.device) -> "BatchConstants":
+        """Read them off the batch's table."""
         groups, prefix, suffix = (
-            torch.tensor([getattr(t, name) for t in trajectories], dtype=torch.int64)
-            for name in ("group", "prefix", "suffix")
+            torch.tensor(table.rows[name], dtype=torch.int64) for name in ("group", "prefix", "suffix")
         )
         return cls(
-            advantages=torch.tensor([t.advantage for t in trajectories], dtype=torch.float32, device=device),
+            advantages=torch.tensor(table.rows["advantage"], dtype=torch.float32, device=device),
             prefix=prefix.to(device),
             suffix=suffix.to(device),
             normalizers=completion_normalizers(groups, prefix, suffix, config.compat).to(device),
-            num_tokens=sum(t.length for t in trajectories),
+            num_tokens=table.tokens,
         )
 
 
@@ -118,7 +116,9 @@ def _gtpo(
     )
     threshold, mode, gamma = config.gate.threshold, config.gate.mode, config.gamma
     if config.compat == "reference":
-        threshold, mode, gamma = REFERENCE_THRESHOLD, "always", REFERENCE_GAMMA
+        mode, gamma = "always", REFERENCE_GAMMA
+        if threshold == GateConfig.model_fields["threshold"].default:
+            threshold = REFERENCE_THRESHOLD
     mean_entropy = report.completions["entropy"]
     gate = entropy_gate(mean_entropy, initial_entropy, threshold, mode, advantages)
     report.completions["gate"] = gate
@@ -179,8 +179,8 @@ def _importance(
     importance = importance_weights(
         *both, batch.lengths, level=config.importance.level, cap=config.importance.cap
     )
-    share = importance.truncated_share * (len(batch.indices) / context_group.size())
-    report.sums["importance_truncated"] = share
+    weighed = batch.lengths.sum() if config.importance.level == "token" else len(batch.indices)
+    report.sums["importance_truncated"] = importance.truncated_share * weighed / context_group.size()
     return importance.weights
 
 

@@ -15,7 +15,6 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -23,10 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from gtpo_megatron import control
+
 HAS_CUDA = torch.cuda.is_available()
-# All other ranks wait in a collective while rank 0 samples from servers, or waits for them to come back; NCCL's default
-# of 10 minutes would end the run meanwhile.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
 _CPU = torch.device("cpu")
 _installed = False
 
@@ -265,12 +263,13 @@ def _stand_in(name: str) -> MagicMock:
 
 
 def init_process_group() -> None:
-    """Join torchrun's world, or make a world of one. On CUDA each rank takes the GPU of its LOCAL_RANK."""
+    """Join torchrun's world, or make a world of one, with its control group. On CUDA each rank takes its LOCAL_RANK's GPU."""
     if dist.is_initialized():
         return
     if HAS_CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend(), timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    control.group()

@@ -1,6 +1,6 @@
 """One pass of a batch through the policy: Megatron's pipeline schedule, the loss head on the last stage, the update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,10 +17,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from gtpo_megatron import control
 from gtpo_megatron.config import AlgorithmConfig, ParallelConfig
 from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
+from gtpo_megatron.policy.collective import for_rank_zero
 from gtpo_megatron.policy.head import TokenStatistics, token_statistics
 from gtpo_megatron.policy.model import Policy, is_reporting_rank, output_weight
 from gtpo_megatron.policy.objective import (
@@ -30,8 +32,9 @@ from gtpo_megatron.policy.objective import (
     completion_report,
     make_objective,
 )
-from gtpo_megatron.trajectories.packing import plan_micro_batches
+from gtpo_megatron.trajectories.packing import PackingPlan, plan_micro_batches
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable, Row, Share, shares_of
 
 CompletionStatistics = dict[str, np.ndarray]  # [completions of the whole batch] each
 
@@ -48,27 +51,59 @@ class PassResult:
 def pack(
     trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int, pad_id: int = 0
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of the batch; the same number on every data-parallel rank."""
-    alignment = sequence_alignment(parallel)
-    plan = plan_micro_batches(
+    """This rank's micro-batches of a batch that every rank has; the same number on every data-parallel rank."""
+    plan = _plan(trajectories, parallel, token_budget)
+    own = plan.micro_batches[parallel_state.get_data_parallel_rank()]
+    return _micro_batches(trajectories, own, parallel, pad_id)
+
+
+def deal(
+    trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int, pad_id: int = 0
+) -> tuple[BatchTable, list[MicroBatch]]:
+    """The table of the batch that rank 0 has, and this rank's micro-batches as `pack` makes them. Collective.
+
+    Only rank 0's `trajectories` count. Rank 0 makes the plan; each rank receives the rows of its data-parallel replica and
+    the table, nothing else of the batch. Raises UserError on every rank for a completion beyond the budget.
+    """
+    replicas = control.gather_to_zero(parallel_state.get_data_parallel_rank())
+
+    def shares() -> list[Share]:
+        return shares_of(trajectories, _plan(trajectories, parallel, token_budget))
+
+    of_replica = for_rank_zero(shares)
+    own = control.scatter(None if of_replica is None else [of_replica[replica] for replica in replicas])
+    table = control.broadcast_from_zero(for_rank_zero(lambda: BatchTable.of(trajectories)))
+    return table, _micro_batches(own.rows(), own.micro_batches, parallel, pad_id)
+
+
+def _plan(trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int) -> PackingPlan:
+    return plan_micro_batches(
         [len(t.prompt_ids) for t in trajectories],
         [t.length for t in trajectories],
         token_budget=token_budget,
         data_parallel=parallel_state.get_data_parallel_world_size(),
-        alignment=alignment,
+        alignment=sequence_alignment(parallel),
         micro_batches_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
     )
+
+
+def _micro_batches(
+    rows: Sequence[Trajectory] | Mapping[int, Row],
+    micro_batches: Sequence[Sequence[int]],
+    parallel: ParallelConfig,
+    pad_id: int,
+) -> list[MicroBatch]:
     return [
         make_micro_batch(
-            trajectories,
+            rows,
             indices,
-            alignment=alignment,
+            alignment=sequence_alignment(parallel),
             context_size=parallel.context,
             context_rank=parallel_state.get_context_parallel_rank(),
             pad_id=pad_id,
             device=platform.device(),
         )
-        for indices in plan.micro_batches[parallel_state.get_data_parallel_rank()]
+        for indices in micro_batches
     ]
 
 
@@ -93,11 +128,9 @@ def forward_backward(
     return _collect(data, num_completions)
 
 
-def batch_objective(
-    algorithm: AlgorithmConfig, trajectories: Sequence[Trajectory], initial_entropy: float
-) -> Objective:
+def batch_objective(algorithm: AlgorithmConfig, table: BatchTable, initial_entropy: float) -> Objective:
     """The configured objective over this batch; `initial_entropy` is H_ini in nats (GTPO's gate)."""
-    constants = BatchConstants.of(trajectories, algorithm, platform.device())
+    constants = BatchConstants.of(table, algorithm, platform.device())
     return make_objective(algorithm, constants, initial_entropy, parallel_state.get_context_parallel_group())
 
 
@@ -168,12 +201,10 @@ def token_logprobs(
         for batch in micro_batches:
             index = torch.tensor(batch.indices, device=batch.completion.device)[batch.completion]
             own += zip(index.tolist(), batch.offset.tolist(), batch.old_logprobs.tolist(), strict=True)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
     result = [np.zeros(t.length, np.float32) for t in trajectories]
-    for index, offset, value in (entry for part in gathered for entry in part):
+    for index, offset, value in (entry for part in control.gather_to_zero(own) or [] for entry in part):
         result[index][offset] = value
-    return result
+    return control.broadcast_from_zero(result)
 
 
 def run_schedule(
@@ -240,10 +271,14 @@ def response_statistics(
 
 
 def _collect(data: list[dict[str, Any]], num_completions: int) -> PassResult:
-    """Spread the reports of the last stages to every rank."""
+    """Add up the reports of the last stages on rank 0, and tell every rank: some 16 bytes a completion."""
     own = _own_report(data) if data else None
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own if is_reporting_rank() else None)
+    gathered = control.gather_to_zero(own if is_reporting_rank() else None)
+    added = None if gathered is None else _added(gathered, num_completions)
+    return control.broadcast_from_zero(added)
+
+
+def _added(gathered: Sequence[Any], num_completions: int) -> PassResult:
     completions: CompletionStatistics = {}
     sums: dict[str, float] = {}
     for indices, values, scalars in (part for part in gathered if part is not None):

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.algorithm import conflict_runs, group_advantages
 from gtpo_megatron.data.prompts import Prompt, solution_ids
 from gtpo_megatron.rewards.pool import RewardPool, Score
@@ -91,12 +91,12 @@ def _trajectories(
 
 
 def gather(own: list[Trajectory] | Exception) -> list[Trajectory]:
-    """All ranks' trajectories on every rank, by group and index. Collective; an exception of any rank is raised on all."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    for part in parts:
-        if isinstance(part, Exception):
-            raise part
+    """All ranks' trajectories, by group and index, on rank 0; none elsewhere.
+
+    Collective; an exception of any rank is raised on all (see `control.raise_together`).
+    """
+    control.raise_together(own if isinstance(own, Exception) else None)
+    parts = control.gather_to_zero(own) or []
     return sorted((t for part in parts for t in part), key=lambda t: (t.group, t.index))
 
 
@@ -119,11 +119,23 @@ def analyse(trajectories: Sequence[Trajectory], normalize: Literal["mean", "std"
 
 
 def without_signal(trajectories: Sequence[Trajectory]) -> set[int]:
-    """Groups whose rewards are all equal."""
-    rewards: dict[int, set[float]] = {}
-    for trajectory in trajectories:
-        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
-    return {group for group, values in rewards.items() if len(values) == 1}
+    """Groups whose rewards are all equal but for rounding: those whose advantages are all 0."""
+    if not trajectories:
+        return set()
+    groups = torch.tensor([t.group for t in trajectories])
+    rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
+    some = group_advantages(rewards, groups).ne(0)
+    return set(groups.tolist()) - set(groups[some].tolist())
+
+
+def cut(trajectory: Trajectory, length: int) -> Trajectory:
+    """The trajectory with no more than its first `length` completion tokens."""
+    if trajectory.length <= length:
+        return trajectory
+    arrays = {
+        name: getattr(trajectory, name)[:length] for name in ("token_ids", "logprobs", "token_versions")
+    }
+    return replace(trajectory, finish_reason="length", **arrays)
 
 
 def solutions(

@@ -13,7 +13,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from gtpo_megatron.policy.collective import on_rank_zero
+from gtpo_megatron import control
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero
 from gtpo_megatron.policy.model import world_rank
 from gtpo_megatron.rollout.collect import (
     GroupPrompt,
@@ -37,8 +39,9 @@ class Batches:
         self._rollout = run.config.rollout
         # prompts of later steps' batches, and this rank's share of the trajectories
         self._ahead: dict[int, tuple[list[GroupPrompt], Future[list[Trajectory]]]] = {}
-        # sampler state before the prompts of each batch that is not stored yet
-        self._before: dict[int, dict[str, Any]] = {}
+        # prompts taken for each batch that is not stored yet, by index, in the order in which they were taken
+        self._taken: dict[int, list[int]] = {}
+        self._behind = -1  # the last batch that the sampler is known to stand behind
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def __enter__(self) -> Self:
@@ -50,10 +53,14 @@ class Batches:
         self._thread.shutdown(cancel_futures=True)
 
     def next(self) -> list[Trajectory]:
-        """The batch of the run's current step; as many later ones as `rollout.staleness` allows are started."""
+        """The batch of the run's current step, on rank 0; nothing elsewhere.
+
+        As many later ones as `rollout.staleness` allows are started.
+        """
         run, step = self._run, self._run.step
         if run.config.algorithm.name == "sft":
-            return solutions(run.next_prompts(run.config.training.sft_batch_size, step), run.tokenizer, step)
+            prompts = run.next_prompts(run.config.training.sft_batch_size, step)
+            return for_rank_zero(lambda: solutions(prompts, run.tokenizer, step)) or []
         with run.stage("rollout"):
             batch = self._read(step) if self._is_stored(step) else self._finish(step)
         for later in range(step + 1, min(step + 1 + self._rollout.staleness, run.config.training.steps)):
@@ -72,36 +79,38 @@ class Batches:
 
     @property
     def sampler_state(self) -> dict[str, Any]:
-        """Where a resumed run has to go on with prompts: before those of the first batch that is not stored."""
-        return self._before[min(self._before)] if self._before else self._run.sampler.state_dict()
-
-    def _behind(self, step: int) -> dict[str, Any]:
-        """Sampler state behind the prompts of a batch: before those of the next, where these are already taken."""
-        later = [other for other in self._before if other > step]
-        return self._before[min(later)] if later else self._run.sampler.state_dict()
+        """Where a resumed run has to go on with prompts: first with those of the batches that are not stored."""
+        state = self._run.sampler.state_dict()
+        unused = [index for step in sorted(self._taken) for index in self._taken[step]]
+        return state | {"returned": unused + state["returned"]}
 
     def _is_stored(self, step: int) -> bool:
         return on_rank_zero(lambda: self._run.store.path(step).exists())
 
     def _read(self, step: int) -> list[Trajectory]:
         self._advance_sampler(step)
-        return on_rank_zero(lambda: self._run.store.read(step))
+        return for_rank_zero(lambda: self._run.store.read(step)) or []
 
     def _advance_sampler(self, step: int) -> None:
         """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
-        behind = on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
-        if behind["taken"] > self._run.sampler.state_dict()["taken"]:
-            self._run.sampler.load_state_dict(behind)
+        if step > self._behind:
+            self._run.sampler.load_state_dict(
+                on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
+            )
+            self._behind = step
 
     @property
     def _keep(self) -> int | None:
         return self._rollout.prompts_per_step if self._rollout.oversample > 1 else None
 
     def _prompts(self, step: int) -> list[GroupPrompt]:
-        self._before[step] = self._run.sampler.state_dict()
-        return self._run.next_prompts(
-            math.ceil(self._rollout.prompts_per_step * self._rollout.oversample), step
-        )
+        count = math.ceil(self._rollout.prompts_per_step * self._rollout.oversample)
+        return self._next_prompts(count, step)
+
+    def _next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
+        prompts = self._run.next_prompts(count, step, first_group)
+        self._taken.setdefault(step, []).extend(prompt.index for prompt in prompts)
+        return prompts
 
     def _share(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
         """This rank's part of the prompts, sampled and scored. No collectives: it may run beside training."""
@@ -124,41 +133,49 @@ class Batches:
         self._put_back(prompts, sampled, step)
         if config.rollout.dynamic_sampling.enabled:
             sampled = self._replace_without_signal(sampled, step)
-        batch = analyse(_renumbered(sampled), normalize="std" if config.algorithm.name == "grpo" else "mean")
+        normalize = "std" if config.algorithm.name == "grpo" else "mean"
+        batch = for_rank_zero(lambda: analyse(_renumbered(sampled), normalize)) or []
         with run.stage("store"):
-            notes = {"sampler": self._behind(step)}
-            on_rank_zero(lambda: run.store.write(step, batch, notes) and None)
-        del self._before[step]
+            used = self._taken.pop(step)
+            notes = {"sampler": self.sampler_state}
+            try:
+                for_rank_zero(lambda: run.store.write(step, batch, notes))
+            except UserError:
+                self._taken[step] = used
+                raise
+        self._behind = max(self._behind, step)
         return batch
 
     def _put_back(self, prompts: Sequence[GroupPrompt], sampled: Sequence[Trajectory], step: int) -> None:
         """Prompts whose groups oversampling left unfinished go first into the next batch that takes prompts."""
-        finished = {t.group for t in sampled}
+        finished = on_rank_zero(lambda: {t.group for t in sampled})
         left = [prompt.index for prompt in prompts if prompt.group not in finished]
         if not left:
             return
         log.info("step %d: %d of %d groups were not finished; put back", step + 1, len(left), len(prompts))
         self._run.sampler.put_back(left)
-        for later, state in self._before.items():
-            if later > step:
-                state["returned"] += left
+        for index in left:
+            self._taken[step].remove(index)
 
     def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
         return gather(_outcome(lambda: self._share(prompts, step, keep)))
 
     def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
         """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
-        unused = 1 + max(t.group for t in sampled)
+        unused = 1 + on_rank_zero(lambda: max(t.group for t in sampled))
         for _ in range(self._rollout.dynamic_sampling.max_rounds):
-            silent = sorted(without_signal(sampled))
+            silent = control.broadcast_from_zero(sorted(without_signal(sampled)))
             if not silent:
                 break
-            prompts = self._run.next_prompts(len(silent), step, first_group=unused)
+            prompts = self._next_prompts(len(silent), step, first_group=unused)
             unused += len(silent)
             fresh = self._gathered(prompts, step, keep=None)
             useful = sorted({t.group for t in fresh} - without_signal(fresh))
             dropped = set(silent[: len(useful)])
-            log.info("step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent))
+            if world_rank() == 0:  # the others have no trajectories
+                log.info(
+                    "step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent)
+                )
             sampled = [t for t in sampled if t.group not in dropped] + [t for t in fresh if t.group in useful]
         return sampled
 

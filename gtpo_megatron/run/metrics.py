@@ -100,20 +100,23 @@ def read_metrics(path: Path | str) -> list[dict[str, Metric]]:
     """The lines of a metrics file, oldest first; a last line that was cut short is left out.
 
     Raises:
-        UserError: there is no such file, or a line before the last is not JSON.
+        UserError: there is no such file, or a line before the last is not the metrics of a step as JSON.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this the directory of a run?") from None
     rows = []
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # not UTF-8 is one as well
             raise UserError(f"{path}: line {number} is not JSON ({error}); remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}: line {number} is not the metrics of a step; remove the line")
+        rows.append(row)
     return rows
 
 

@@ -1,8 +1,8 @@
 """Everything that a run holds, opened and closed in one place; `train.py` is the algorithm that walks over it."""
 
 import logging
-import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,18 +10,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
-from gtpo_megatron.config.loading import load_config, save_config
-from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids
+from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import COMPLETE, FAILED, MISTAKE, STOPPED, UserError
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
-from gtpo_megatron.policy.collective import on_rank_zero, together
+from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
 from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
@@ -33,31 +33,16 @@ from gtpo_megatron.policy.model import (
 from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
 from gtpo_megatron.policy.step import token_logprobs
 from gtpo_megatron.rewards.pool import RewardPool
-from gtpo_megatron.rollout.collect import GroupPrompt, group_seed, solutions
+from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
+from gtpo_megatron.run.directory import Owner
+from gtpo_megatron.run.identity import check_directory, keep_config
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
-
-# a resumed run may change these; anything else would make it another run
-RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
-FIXED = {
-    "training": ("seed", "sft_batch_size"),
-    "rollout": (
-        "engine",
-        "prompts_per_step",
-        "group_size",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-    ),
-    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_grad"),
-}
-
 
 CERTIFICATE_PROMPTS = 4
 
@@ -72,23 +57,32 @@ class Run:
         self._stop_signal: int | None = None
         self.seconds: dict[str, float] = {}  # of this step's stages
         self._inner_seconds = 0.0  # of the stages inside the one that is open
+        self._stage = ""  # the innermost that is open
         try:
             self._open()
         except BaseException:
-            self.close()
+            self.__exit__(*sys.exc_info())
             raise
 
     def _open(self) -> None:
         config = self.config
         platform.init_process_group()
         self.main = world_rank() == 0
-        on_rank_zero(lambda: claim_directory(config))
+        self.owner: Owner | None = None  # on rank 0
+        on_rank_zero(self._claim_directory)
         self._stack.enter_context(logging_to(self.path / "logs" / f"rank-{world_rank()}.log"))
         initialize_parallel(config.parallel, config.training.seed)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             config.model.tokenizer or config.model.path
         )
         self.prompts = self._load_prompts(config.data)
+        if config.algorithm.name == "sft":
+            self.prompts = with_solutions_within(self.prompts, self.tokenizer, longest_sequence(config))
+            log.info(
+                "%s: %d prompts left out, too long with solutions",
+                config.data.path,
+                self.prompts.long_solutions,
+            )
         self.evaluation_prompts = (
             self._load_prompts(config.evaluation.data) if config.evaluation.data else None
         )
@@ -112,6 +106,21 @@ class Run:
         self._open_sampling()
         self._catch_signals()
 
+    def _claim_directory(self) -> None:
+        check_directory(self.config)
+        self.owner = Owner(self.path, self.config.training.steps)
+        self._stack.push(self._give_free)
+        keep_config(self.config)
+
+    def _give_free(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, UserError):
+            exit_code = MISTAKE
+        elif error is not None:
+            exit_code = FAILED
+        else:
+            exit_code = COMPLETE if self.step >= self.config.training.steps else STOPPED
+        self.owner.end(error, exit_code)
+
     def _load_prompts(self, data: DataConfig) -> PromptSet:
         prompts = load_prompts(data, self.tokenizer)
         log.info(
@@ -130,6 +139,8 @@ class Run:
         self.step, self.version = state.step, state.weight_version
         self.initial_entropy, self.bad_steps = state.initial_entropy, state.bad_steps
         self.saved_step = state.step if state.step else -1
+        if self.owner is not None:
+            self.owner.update(step=self.step)
 
     def _open_record(self) -> None:
         self.metrics: MetricsWriter | None = None
@@ -148,6 +159,12 @@ class Run:
                     f"left out of {prompts.rows}"
                 )
 
+        if self.prompts.long_solutions:
+            self.progress.note(
+                f"data: {self.prompts.long_solutions} prompts left out that have, with their solutions, over "
+                f"{longest_sequence(self.config)} tokens"
+            )
+
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
@@ -158,11 +175,14 @@ class Run:
         if not self.samples:
             return
         embedded = config.rollout.engine == "embedded" or config.algorithm.name == "sft"
-        if embedded or self.main:
+
+        def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
+
+        together(lambda: start() if embedded or self.main else None)
         self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
@@ -219,7 +239,11 @@ class Run:
             GroupPrompt(i, prompt, 0, i)
             for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
         ]
-        sequences = solutions(fixed, self.tokenizer, self.step)
+        # as long as what is sampled may be: that fits the model and a micro-batch, a data set's solution need not
+        sequences = [
+            cut(t, config.data.max_prompt_tokens + config.rollout.max_new_tokens - len(t.prompt_ids))
+            for t in solutions(fixed, self.tokenizer, self.step)
+        ]
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
@@ -234,7 +258,7 @@ class Run:
             return worst.metrics()
 
         try:
-            self.mismatch = together(compare)[0]
+            self.mismatch = on_rank_zero(compare)
         except UserError as disagreement:
             # says which tensors differ, if that is the reason; if none does, the arithmetic is
             self._compare_checksums()
@@ -277,7 +301,7 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
-        with self.progress.stage(name):
+        with self.progress.stage(name), self._stage_in_status(name):
             started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
             try:
                 yield
@@ -286,6 +310,25 @@ class Run:
                 elapsed = time.perf_counter() - started
                 self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
                 self._inner_seconds = outer + elapsed
+
+    @contextmanager
+    def _stage_in_status(self, name: str) -> Iterator[None]:
+        if self.owner is None:
+            yield
+            return
+        outer, self._stage = self._stage, name
+        self.owner.stage(name)
+        try:
+            yield
+        finally:
+            self._stage = outer
+            self.owner.stage(outer)
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.step += 1
+        if self.owner is not None:
+            self.owner.update(step=self.step)
 
     def save_checkpoint(self, sampler_state: dict[str, Any]) -> None:
         """Write a checkpoint of the current step, once, to go on with prompts at `sampler_state`. Collective."""
@@ -298,22 +341,30 @@ class Run:
                 initial_entropy=self.initial_entropy,
                 sampler=sampler_state,
                 bad_steps=self.bad_steps,
-                trained_steps=self.step,
             )
         )
         self.saved_step = self.step
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective."""
-        flag = torch.tensor(float(self._stop_signal is not None), device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM, SIGUSR1). Collective.
+
+        Raises UserError if another process has taken the run's directory.
+        """
+        lost = self.owner is not None and self.owner.lost is not None
+        if control.agree(lost or self._stop_signal is not None) is None:
+            return False
+        for_rank_zero(lambda: self.owner.check())
+        if self.owner is not None:
+            self.owner.stopping = True
+        return True
 
     def _catch_signals(self) -> None:
         def handle(number: int, _: Any) -> None:
             if self._stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt  # asked twice: now
             self._stop_signal = number
+            if self.owner is not None:
+                self.owner.stopping = True
             if self.main:
                 self.progress.note("stopping after this step (Ctrl-C again: at once)")
 
@@ -324,12 +375,9 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End engine, workers and files."""
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        """End engine, workers and files, say how the run ended, and give its directory free."""
+        self._stack.__exit__(*error)
 
 
 def _raise(error: UserError | None) -> None:
@@ -337,40 +385,11 @@ def _raise(error: UserError | None) -> None:
         raise error
 
 
-def claim_directory(config: RunConfig) -> None:
-    """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
-    path = config.path / "config.yaml"
-    if path.exists():
-        differences = list(_differences(load_config(path), config))
-        if differences:
-            shown = "; ".join(differences[:5])
-            raise UserError(
-                f"{config.path}: holds a run with another configuration ({shown}). "
-                "Give this run another name (name=...), or remove the directory"
-            )
-    config.path.mkdir(parents=True, exist_ok=True)
-    (config.path / "logs").mkdir(exist_ok=True)
-    free = shutil.disk_usage(config.path).free
-    if free < 2**28:
-        raise UserError(
-            f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
-        )
-    save_config(config, path)
-
-
-def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section, value in after.items():
-        if section not in RESUMABLE and value != before[section]:
-            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
-        for key in FIXED.get(section, ()):
-            if value[key] != before[section][key]:
-                yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of a prompt and its completion that the model's positions and a micro-batch, padding included, can hold."""
+    alignment = sequence_alignment(config.parallel)
+    within_batch = config.training.micro_batch_tokens // alignment * alignment
+    return min(within_batch, read_shape(config.model.path).max_positions)
 
 
 @contextmanager

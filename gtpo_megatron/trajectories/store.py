@@ -19,6 +19,7 @@ from gtpo_megatron.trajectories.record import Trajectory
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"gtpo_megatron.trajectories"
 _NOTES_KEY = b"gtpo_megatron.notes"
+_STEP_KEY = b"gtpo_megatron.step"
 _TERM = "reward/"  # a column per reward term, null where a trajectory has no such term
 _FILE = re.compile(r"step-(\d{8,})\.parquet")
 
@@ -80,7 +81,7 @@ class TrajectoryStore:
         """
         path = self.path(step)
         temporary = path.with_name(f".{path.name}.tmp")
-        content = _serialise(trajectories, notes or {})
+        content = _serialise(step, trajectories, notes or {})
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -106,7 +107,7 @@ class TrajectoryStore:
         """The trajectories of a step, exactly as written.
 
         Raises:
-            UserError: there is no such file, it is damaged, or another version wrote it.
+            UserError: there is no such file, it is damaged, of another step, or another version wrote it.
         """
         path = self.path(step)
         try:
@@ -123,19 +124,21 @@ class TrajectoryStore:
             raise UserError(
                 f"{path}: schema version {version}, but this program reads version {SCHEMA_VERSION}"
             )
+        _check_step(path, step, table.schema.metadata, table["step"].unique().to_pylist())
         return _trajectories(table)
 
     def read_notes(self, step: int) -> dict[str, Any]:
         """The notes that were written with a step; reads no trajectories.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: the file is missing, damaged or of another step.
         """
         path = self.path(step)
         try:
             metadata = pq.read_schema(path).metadata or {}
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        _check_step(path, step, metadata, [])
         return json.loads(metadata.get(_NOTES_KEY, b"{}"))
 
     def _remove_leftovers(self) -> None:
@@ -146,7 +149,17 @@ class TrajectoryStore:
             self._cleaned = True
 
 
-def _serialise(trajectories: Sequence[Trajectory], notes: Mapping[str, Any]) -> pa.Buffer:
+def _check_step(path: Path, step: int, metadata: Mapping[bytes, bytes] | None, rows: list[int]) -> None:
+    """Raise UserError if a file is of another step than its name, by its metadata or (older files) its rows."""
+    stated = (metadata or {}).get(_STEP_KEY)
+    if others := (set(rows) if stated is None else {int(stated)}) - {step}:
+        raise UserError(
+            f"{path}: holds the trajectories of step {min(others)}, not of step {step}: it was copied or renamed. "
+            "Remove it; resuming from a checkpoint before this step writes it again"
+        )
+
+
+def _serialise(step: int, trajectories: Sequence[Trajectory], notes: Mapping[str, Any]) -> pa.Buffer:
     columns: dict[str, pa.Array] = {}
     for name, kind in _SCALARS.items():
         columns[name] = pa.array([getattr(trajectory, name) for trajectory in trajectories], kind)
@@ -156,6 +169,7 @@ def _serialise(trajectories: Sequence[Trajectory], notes: Mapping[str, Any]) -> 
         values = [trajectory.reward_terms.get(term) for trajectory in trajectories]
         columns[f"{_TERM}{term}"] = pa.array(values, pa.float64())
     metadata = {_VERSION_KEY: SCHEMA_VERSION.encode(), _NOTES_KEY: json.dumps(notes).encode()}
+    metadata[_STEP_KEY] = str(step).encode()
     table = pa.table(columns).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")

@@ -61,7 +61,7 @@ def run_layout(
     from gtpo_megatron.policy.model import build_policy, export_hf_weights, initialize_parallel, world_rank
     from gtpo_megatron.policy.objective import BatchConstants, make_objective
     from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
-    from gtpo_megatron.policy.step import forward_backward, pack, score
+    from gtpo_megatron.policy.step import deal, forward_backward, score
 
     model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
     initialize_parallel(parallel, seed=0)
@@ -72,9 +72,9 @@ def run_layout(
         distributed_optimizer=distributed_optimizer,
     )
     batch = sample_batch()
-    micro_batches = pack(batch, parallel, training.micro_batch_tokens)
+    table, micro_batches = deal(batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens)
     entropy = score(policy, micro_batches, len(batch)).completions["entropy"]
-    constants = BatchConstants.of(batch, algorithm, platform.device())
+    constants = BatchConstants.of(table, algorithm, platform.device())
     group = parallel_state.get_context_parallel_group()
     objective = make_objective(algorithm, constants, float(entropy.mean()), group)
     result = forward_backward(policy, micro_batches, objective, len(batch))

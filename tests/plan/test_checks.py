@@ -230,6 +230,14 @@ def test_fp8_wants_multiples_of_16(build: Callable[..., RunConfig]) -> None:
             {"rollout": {"sglang": {"servers": 2}}},
             "rollout.sglang.servers: 2 has no effect with rollout.engine: embedded",
         ),
+        (
+            {"algorithm": {"importance": {"level": "token"}, "old_logprobs": "sampler"}},
+            "algorithm.importance.level: token has no effect with algorithm.old_logprobs: sampler",
+        ),
+        (
+            {"algorithm": {"importance": {"level": "sequence"}, "name": "sft"}},
+            "algorithm.importance.level: sequence has no meaning with algorithm.name: sft",
+        ),
         ({"rollout": {"staleness": 1}}, "rollout.staleness: 1 trains on completions of older weights"),
         ({"rollout": {"staleness": 2}}, "rollout.staleness: 2 needs rollout.engine: sglang"),
         (

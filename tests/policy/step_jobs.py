@@ -19,6 +19,7 @@ from gtpo_megatron.config import (
     TrainingConfig,
 )
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.shares import BatchTable
 from tests.parallel.layout_job import _gradients as gradients
 from tests.parallel.layout_job import sample_batch
 
@@ -87,17 +88,17 @@ def passes_of_steps(
 ) -> tuple[int, list[dict[str, int]], int]:
     """Micro-batches of the batch, the passes of each of two steps, and the reference policy's forward passes in both."""
     from gtpo_megatron.policy.step import pack
-    from gtpo_megatron.train import train_on
+    from gtpo_megatron.train import dealt, train_on
 
     run, batch = start(checkpoint, algorithm, reference), sample_batch()
     steps, of_reference = [], {"forward": 0}
     for _ in range(2):
         with counted_passes(run.policy) as counts:
             if run.reference is None:
-                train_on(run, batch)
+                train_on(run, *dealt(run, batch))
             else:
                 with counted_passes(run.reference) as reference_counts:
-                    train_on(run, batch)
+                    train_on(run, *dealt(run, batch))
                 of_reference["forward"] += reference_counts["forward"]
         steps.append(counts)
     return len(pack(batch, ParallelConfig(), SMALL)), steps, of_reference["forward"]
@@ -125,7 +126,7 @@ def loss_and_gradients(
 
     train.apply_update = keep
     try:
-        passed, _ = train.train_on(run, batch)
+        passed, _ = train.train_on(run, *train.dealt(run, batch))
     finally:
         train.apply_update = apply_update
     return passed.loss, kept[0], passed.sums
@@ -135,11 +136,11 @@ def second_step(checkpoint: Path, budget: int) -> tuple[int, dict[str, np.ndarra
     """After one update, the gradient of another batch: this policy's, and that of a new one with its weights."""
     from gtpo_megatron.policy.model import build_policy
     from gtpo_megatron.policy.step import batch_objective, forward_backward, pack
-    from gtpo_megatron.train import train_on
+    from gtpo_megatron.train import dealt, train_on
 
     algorithm = AlgorithmConfig()
     run = start(checkpoint, algorithm, budget=budget)
-    train_on(run, sample_batch(seed=0))
+    train_on(run, *dealt(run, sample_batch(seed=0)))
     fresh = build_policy(
         ModelConfig(path=str(checkpoint), dtype="fp32"), ParallelConfig(), run.config.training
     )
@@ -148,7 +149,7 @@ def second_step(checkpoint: Path, budget: int) -> tuple[int, dict[str, np.ndarra
             ours.copy_(theirs)
     batch = sample_batch(seed=1)
     micro_batches = pack(batch, ParallelConfig(), budget)
-    objective = batch_objective(algorithm, batch, initial_entropy=1.0)
+    objective = batch_objective(algorithm, BatchTable.of(batch), initial_entropy=1.0)
     found = []
     for policy in (run.policy, fresh):
         forward_backward(policy, micro_batches, objective, len(batch))
@@ -164,7 +165,7 @@ def bad_updates(checkpoint: Path) -> list[dict[str, Any]]:
 
     run, batch = start(checkpoint, AlgorithmConfig()), sample_batch()
     micro_batches = pack(batch, ParallelConfig(), SMALL)
-    good = batch_objective(run.config.algorithm, batch, initial_entropy=1.0)
+    good = batch_objective(run.config.algorithm, BatchTable.of(batch), initial_entropy=1.0)
 
     def with_loss(loss: Any) -> Any:
         return replace(good, loss=loss)

@@ -144,6 +144,7 @@ def run_step(checkpoint: Path, tensor: int) -> list[float]:
     from gtpo_megatron.policy.model import build_policy, initialize_parallel
     from gtpo_megatron.policy.objective import BatchConstants, Objective, completion_report, make_objective
     from gtpo_megatron.policy.step import forward_backward, pack
+    from gtpo_megatron.trajectories.shares import BatchTable
     from tests.parallel.layout_job import sample_batch
 
     parallel = ParallelConfig(tensor=tensor)
@@ -152,7 +153,7 @@ def run_step(checkpoint: Path, tensor: int) -> list[float]:
     policy = build_policy(ModelConfig(path=str(checkpoint), dtype="fp32"), parallel, TrainingConfig(steps=1))
     batch = sample_batch()
     config = AlgorithmConfig(compat="reference")
-    constants = BatchConstants.of(batch, config, platform.device())
+    constants = BatchConstants.of(BatchTable.of(batch), config, platform.device())
     assert make_objective(config, constants, 0.0, group).entropy_floor == REFERENCE_ENTROPY_FLOOR
     assert make_objective(AlgorithmConfig(), constants, 0.0, group).entropy_floor is None
 

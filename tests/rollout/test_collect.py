@@ -1,6 +1,7 @@
 """From prompts to analysed trajectories."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,8 @@ def test_analysis_for_grpo_divides_by_the_deviation() -> None:
 def test_groups_without_signal() -> None:
     assert without_signal(BATCH) == {1}
     assert without_signal([]) == set()
+    rounded = [replace(t, reward=0.1 + 0.2 if t.index % 2 else 0.3) for t in BATCH]
+    assert without_signal(rounded) == {t.group for t in BATCH}  # as the advantages have it
 
 
 def test_solutions(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -192,6 +195,6 @@ def gathered(fails: int | None) -> list[tuple[int, int]] | str:
         return str(error)
 
 
-def test_ranks_gather_alike(ranks: RankPool) -> None:
-    assert ranks.run(2, gathered, None) == [[(t.group, t.index) for t in BATCH]] * 2
+def test_rank_zero_gathers_what_all_sampled(ranks: RankPool) -> None:
+    assert ranks.run(2, gathered, None) == [[(t.group, t.index) for t in BATCH], []]
     assert ranks.run(2, gathered, 1) == ["no server left"] * 2

@@ -164,7 +164,12 @@ def test_an_error_of_sampling_ahead_reaches_its_step_and_loses_no_prompt(
 ) -> None:
     ((_, message, state, behind_first),) = ranks.run(1, failing_ahead, tmp_path)
     assert message == "no server left"
-    assert state == behind_first
+    orders = []
+    for sampler_state in (state, behind_first):
+        sampler = PromptSampler(PROMPTS, 0, True, "fingerprint")
+        sampler.load_state_dict(sampler_state)
+        orders.append(sampler.next(PROMPTS))
+    assert orders[0] == orders[1]
 
 
 def oversampled(directory: Path, staleness: int, restart_at: int | None) -> list[list[str]]:
@@ -236,3 +241,95 @@ def test_groups_without_signal_are_replaced_for_some_rounds(ranks: RankPool, tmp
     assert all(any(t.advantage for t in batch if t.group == g) for g in range(4))
     ((_, calls_of_one),) = ranks.run(1, replaced, tmp_path / "one", 1)
     assert calls_of_one == 2
+
+
+def on_several_ranks(directory: Path, rollout: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Three batches, as (prompt, group, index, tokens, advantage), and where the sampler stands behind them."""
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(), picky=True, **rollout)
+    taken = []
+    with Batches(run) as batches:
+        for run.step in range(3):
+            batch = batches.next()
+            taken += [(t.prompt_id, t.group, t.index, t.token_ids.tolist(), t.advantage) for t in batch]
+    return taken, run.sampler.state_dict()
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {},
+        {"dynamic_sampling": {"enabled": True, "max_rounds": 3}, "prompts_per_step": 4},
+        {"staleness": 1, "prompts_per_step": 4},
+    ],
+)
+def test_several_ranks_make_the_batches_of_one_on_rank_zero(
+    ranks: RankPool, tmp_path: Path, rollout: dict[str, Any]
+) -> None:
+    ((alone, state),) = ranks.run(1, on_several_ranks, tmp_path / "one", rollout)
+    assert len(alone) == 3 * 4 * rollout.get("prompts_per_step", 2)
+    several = ranks.run(3, on_several_ranks, tmp_path / "three", rollout)
+    assert [batch for batch, _ in several] == [alone, [], []]
+    assert [found for _, found in several] == [state] * 3  # prompts are taken alike everywhere
+
+
+def replaced_and_killed(
+    directory: Path, staleness: int, killed_at: int | None
+) -> tuple[list[list[str]], int]:
+    """The prompts of three batches of two groups with signal; a new process goes on from the start with what is stored."""
+    from gtpo_megatron.run.batches import Batches
+
+    def run_of(step: int) -> Any:
+        dynamic = {"enabled": True, "max_rounds": 8}
+        run = light_run(directory, Engine(), step, picky=True, staleness=staleness, dynamic_sampling=dynamic)
+        run.sampler = PromptSampler(400, 0, True, "fingerprint")
+        questions = (Prompt(f"row-{i}", f"question {i}", str(i), None, (i + 3,)) for i in range(400))
+        run.prompts = SimpleNamespace(prompts=tuple(questions))
+        return run
+
+    def walk(run: Any, last: int) -> list[list[str]]:
+        with Batches(run) as batches:
+            taken = []
+            for run.step in range(last):
+                taken.append(ids_of(batches.next()))
+        return taken
+
+    if killed_at is not None:
+        walk(run_of(0), killed_at)
+    run = run_of(0)
+    return walk(run, 5), run.sampler.state_dict()["position"]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_replacements_are_not_taken_again_after_a_crash(
+    ranks: RankPool, tmp_path: Path, staleness: int
+) -> None:
+    ((whole, position),) = ranks.run(1, replaced_and_killed, tmp_path / "whole", staleness, None)
+    assert position > 10  # some were replaced
+    assert len({prompt for batch in whole for prompt in batch}) == 10
+    for killed_at in (1, 2, 3):
+        directory = tmp_path / f"killed-{killed_at}"
+        ((again, reached),) = ranks.run(1, replaced_and_killed, directory, staleness, killed_at)
+        assert (again, reached) == (whole, position)
+
+
+def another_steps_file(directory: Path) -> str:
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine())
+    with Batches(run) as batches:
+        batches.next()
+    run.store.path(0).rename(run.store.path(1))
+    run = light_run(directory, Engine(), step=1)
+    with Batches(run) as batches:
+        try:
+            batches.next()
+        except UserError as error:
+            return str(error)
+    raise AssertionError("no error")
+
+
+def test_a_stored_batch_of_another_step_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    (message,) = ranks.run(1, another_steps_file, tmp_path)
+    assert "step-00000001.parquet" in message and "of step 0, not of step 1" in message

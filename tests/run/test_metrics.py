@@ -112,3 +112,13 @@ def test_wandb_asked_for_and_missing_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="logging.wandb: true, but wandb is not installed"):
         MetricsWriter(tmp_path, LoggingConfig(wandb=True))
+
+
+@pytest.mark.parametrize(
+    "line", [b"null", b"[1]", b'"step"', b"{}", b'{"step": "2"}', b'{"step": 2, "x": "\xff"}', b"\xff\xfe"]
+)
+def test_a_line_that_is_no_step_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not"):
+        read_metrics(path)

@@ -81,12 +81,12 @@ def train_beside_rollout(config: RunConfig) -> int:
             sampled[step].set()
         return share
 
-    def patient(run: Run, trajectories: list[Trajectory]) -> Any:
+    def patient(run: Run, *batch: Any) -> Any:
         if run.step + 1 in sampled and not sampled[run.step + 1].wait(OVERLAP_S):
             raise AssertionError(
                 f"batch {run.step + 1} was not sampled while batch {run.step} was trained on"
             )
-        return train_on(run, trajectories)
+        return train_on(run, *batch)
 
     with patch.object(batches, "sample_share", told), patch.object(loop, "train_on", patient):
         return loop.train(config)

@@ -28,13 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gtpo_megatron import control
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import save_config
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy.checkpoint import files
 from gtpo_megatron.policy.checkpoint import state as tensor_state
 from gtpo_megatron.policy.checkpoint.files import DamagedCheckpointError
-from gtpo_megatron.policy.collective import on_rank_zero, together
+from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
 from gtpo_megatron.policy.exchange.assets import copy_assets, weight_map
 from gtpo_megatron.policy.model import Policy, world_rank
 from gtpo_megatron.policy.optimizer import Optimizer
@@ -53,6 +54,10 @@ PACKAGES = (
 )
 
 
+class NonFiniteError(UserError):
+    """Weights or optimizer state that hold a NaN or an infinity: there is nothing to save."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """What the training loop needs to go on, besides policy and optimizer. JSON-able."""
@@ -62,8 +67,6 @@ class TrainState:
     initial_entropy: float | None  # H_ini (specification, section 4)
     sampler: dict[str, Any]  # PromptSampler.state_dict
     bad_steps: int = 0  # updates skipped in a row
-    trained_steps: int = 0  # stored batches numbered below this have been trained on
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # the loop's own, JSON-able
 
 
 class Checkpointer:
@@ -85,10 +88,12 @@ class Checkpointer:
         """Write a checkpoint; with checkpoint.asynchronous the shards are written while training goes on.
 
         The weights are copied before it returns, so they may change. Raises UserError on every rank, and leaves nothing
-        behind, when the disk has not the room or writing fails; earlier checkpoints stay as they are.
+        behind, when the disk has not the room or writing fails; NonFiniteError when there is nothing worth writing. Earlier
+        checkpoints stay as they are.
         """
         self.finish()
         tensors, _ = tensor_state.training_state(self._policy, self._optimizer)
+        self._refuse_nonfinite(tensors)
         needed = tensor_state.stored_bytes(tensors)
 
         def start() -> Path:
@@ -100,7 +105,7 @@ class Checkpointer:
         partial = on_rank_zero(start)
         try:
             rng = _gather_random_state()
-            on_rank_zero(lambda: self._write_small_files(partial, state, rng))
+            for_rank_zero(lambda: self._write_small_files(partial, state, rng))
             request = tensor_state.begin_save(
                 tensors, partial / "weights", asynchronous=self._config.checkpoint.asynchronous
             )
@@ -112,6 +117,19 @@ class Checkpointer:
                 self._complete()
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             self._abandon(partial, error)
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteError on every rank, naming tensors, if the policy's weights are not finite."""
+        self._refuse_nonfinite(tensor_state.policy_tensors(self._policy))
+
+    def _refuse_nonfinite(self, tensors: dict[str, Any]) -> None:
+        found = control.gather_to_zero(together(lambda: tensor_state.nonfinite_tensors(tensors))) or []
+        if names := control.broadcast_from_zero(sorted({name for part in found for name in part})):
+            raise NonFiniteError(
+                f"{len(names)} tensors of weights or optimizer are not finite (NaN or infinity), e.g. {names[0]}: the "
+                "training has diverged, and no checkpoint of it was written. Start again to go on from the newest "
+                f"checkpoint in {self._directory}, or anew, with a lower optimizer.lr or optimizer.clip_grad"
+            )
 
     def poll(self) -> None:
         """Publish an asynchronous save if its shards are written; call it once a step."""
@@ -196,9 +214,10 @@ class Checkpointer:
         return None
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> TrainState:
-        content = together(lambda: read_state(checkpoint))[0]
-        rng = together(lambda: _read_random_state(checkpoint))[world_rank()]
-        together(lambda: tensor_state.read_metadata(checkpoint / "weights"))
+        content = on_rank_zero(lambda: read_state(checkpoint))
+        rng = together(lambda: _read_random_state(checkpoint))
+        # read on each rank, told to none
+        together(lambda: tensor_state.read_metadata(checkpoint / "weights") and None)
         weights = checkpoint / "weights"
         tensor_state.load_training_state(self._policy, self._optimizer, content["adam_step"], weights)
         schedule = self._optimizer.schedule
@@ -215,10 +234,20 @@ class Checkpointer:
 
 def finish_files(partial: Path, step: int) -> None:
     """Checksum all files, shared out over ranks, and write the manifest that makes the directory whole. Collective."""
-    names = files.files_below(partial)[world_rank() :: dist.get_world_size()]
-    described = together(lambda: files.describe_and_flush(partial, names))
-    merged = {name: entry for part in described for name, entry in part.items()}
-    on_rank_zero(lambda: files.write_manifest(partial, step, merged))
+    # listed once: with a network file system's caches, ranks that list for themselves may each leave a file to another
+    names = on_rank_zero(lambda: files.files_below(partial))
+    own = names[world_rank() :: dist.get_world_size()]
+    described = control.gather_to_zero(together(lambda: files.describe_and_flush(partial, own)))
+
+    def write() -> None:
+        merged = {name: entry for part in described for name, entry in part.items()}
+        if merged.keys() != set(names):
+            raise UserError(
+                f"{partial}: not every file has a checksum: {sorted(set(names) - merged.keys())[:3]}"
+            )
+        files.write_manifest(partial, step, merged)
+
+    for_rank_zero(write)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -226,7 +255,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
     Raises DamagedCheckpointError on every rank, naming the file.
     """
-    manifest = together(lambda: files.read_manifest(checkpoint))[0]
+    manifest = on_rank_zero(lambda: files.read_manifest(checkpoint))
     names = sorted(manifest["files"], key=lambda name: -manifest["files"][name]["bytes"])
     together(
         lambda: files.verify_files(
@@ -241,6 +270,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
         content = json.loads(path.read_bytes())
+        for retired in ("trained_steps", "extra"):  # of the first versions; nothing ever read them
+            content["train"].pop(retired, None)
         TrainState(**content["train"])
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -267,8 +298,8 @@ def _layout(config: RunConfig) -> dict[str, Any]:
 
 
 def _gather_random_state() -> dict[str, Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, tensor_state.random_state())
+    """The random states of all ranks, on rank 0; nothing elsewhere."""
+    gathered = control.gather_to_zero(tensor_state.random_state()) or []
     return {f"{rank}.{name}": value for rank, state in enumerate(gathered) for name, value in state.items()}
 
 

@@ -5,7 +5,6 @@ then is it renamed to `step-000012`. A directory of that name without a manifest
 in a single bit, is damaged and never loaded.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -166,19 +165,6 @@ def discard(path: Path) -> None:
     hidden = path.with_name(f".{path.name.lstrip('.')}.removed-{uuid.uuid4().hex[:8]}")
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        _flush(temporary)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _encode(content: dict[str, Any]) -> bytes:

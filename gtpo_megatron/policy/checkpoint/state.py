@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gtpo_megatron import control
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.safety import read_metadata, safe_loading
@@ -78,6 +79,17 @@ def stored_bytes(tensors: dict[str, Any]) -> int:
     total = torch.tensor(own, dtype=torch.int64, device=platform.device())
     dist.all_reduce(total)
     return int(total)
+
+
+def nonfinite_tensors(tensors: dict[str, Any]) -> list[str]:
+    """Names of the floating-point tensors, of those that this rank stores, with a NaN or an infinity. Sorted."""
+    stored = [
+        t for t in nested_values(tensors) if is_main_replica(t.replica_id) and t.data.is_floating_point()
+    ]
+    if not stored:
+        return []
+    finite = torch.stack([t.data.isfinite().all() for t in stored]).tolist()  # one wait for the device
+    return sorted({t.key for t, good in zip(stored, finite, strict=True) if not good})
 
 
 def begin_save(tensors: dict[str, Any], directory: Path, *, asynchronous: bool) -> Any:
@@ -205,9 +217,7 @@ def short_reason(error: BaseException) -> str:
 def _check_names(tensors: dict[str, Any], directory: Path) -> None:
     """Every parameter of the whole model must be in the checkpoint, and nothing more. Collective."""
     own = {t.key for t in nested_values(tensors) if not t.key.startswith(_OPTIMIZER)}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    wanted = set().union(*gathered)
+    wanted = control.broadcast_from_zero(set().union(*(control.gather_to_zero(own) or [])))
     stored = {
         name for name in read_metadata(directory).state_dict_metadata if not name.startswith(_OPTIMIZER)
     }

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.layout import sequence_alignment
@@ -36,8 +37,8 @@ from gtpo_megatron.policy.model import (
     Policy,
     build_policy,
     export_hf_weights,
+    is_reporting_rank,
     output_weight,
-    world_rank,
 )
 from gtpo_megatron.policy.step import run_schedule
 from gtpo_megatron.trajectories.record import Trajectory
@@ -318,12 +319,13 @@ def policy_logits(policy: Policy, parallel: ParallelConfig, prompts: list[list[i
         return hidden.sum() * 0, one, whole
 
     outputs = run_schedule(policy, batches, logits, forward_only=True)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, outputs or None)
+    # the replicas have the same: the first of each replica's last stages speaks
+    speaks = is_reporting_rank() and parallel_state.get_data_parallel_rank() == 0
+    gathered = control.gather_to_zero(outputs if speaks else None)
+    if gathered is None:
+        return None
     found = next(part for part in gathered if part)
-    return (
-        [whole[: len(ids)] for whole, ids in zip(found, prompts, strict=True)] if world_rank() == 0 else None
-    )
+    return [whole[: len(ids)] for whole, ids in zip(found, prompts, strict=True)]
 
 
 def _as_trajectory(ids: list[int]) -> Trajectory:

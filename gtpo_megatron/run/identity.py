@@ -1,0 +1,79 @@
+"""Which run a directory belongs to: what the configuration of a resumed run may change, and what would make it another."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config.loading import load_config, save_config
+from gtpo_megatron.errors import UserError
+
+# a resumed run may change these; anything else would make it another run
+RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
+FIXED = {
+    "training": ("seed", "sft_batch_size"),
+    "rollout": (
+        "engine",
+        "prompts_per_step",
+        "group_size",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+    ),
+    "optimizer": (
+        "lr",
+        "min_lr",
+        "schedule",
+        "warmup_steps",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "clip_grad",
+    ),
+}
+
+
+def check_directory(config: RunConfig) -> None:
+    """Make the run's directory, or check that it is this run's. Raises UserError if it belongs to another."""
+    path = config.path / "config.yaml"
+    if path.exists():
+        differences = list(_differences(load_config(path), config))
+        if differences:
+            shown = "; ".join(differences[:5])
+            raise UserError(
+                f"{config.path}: holds a run with another configuration ({shown}). "
+                "Give this run another name (name=...), or remove the directory"
+            )
+    config.path.mkdir(parents=True, exist_ok=True)
+    (config.path / "logs").mkdir(exist_ok=True)
+    free = shutil.disk_usage(config.path).free
+    if free < 2**28:
+        raise UserError(
+            f"dir: {config.path}: only {free / 2**20:.0f} MiB of disk are free, and a run needs 256"
+        )
+
+
+def keep_config(config: RunConfig) -> None:
+    """Write config.yaml; what an earlier start of the run had there, if it was another, becomes config-1.yaml, and so on."""
+    path = config.path / "config.yaml"
+    if path.exists() and load_config(path) != config:
+        number = 1 + sum(1 for _ in config.path.glob("config-*.yaml"))
+        path.rename(config.path / f"config-{number}.yaml")
+    save_config(config, path)
+
+
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for section, value in after.items():
+        if section not in RESUMABLE and value != before[section]:
+            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
+        for key in FIXED.get(section, ()):
+            if value[key] != before[section][key]:
+                yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
