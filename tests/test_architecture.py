@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "machine": BASE,
-    "plan": BASE | {"data", "machine"},
+    "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
     "rewards": BASE,
