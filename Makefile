@@ -4,6 +4,7 @@
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
 #   KILLS=...        how often `make chaos` kills
 #   FAULTS=...       how many faults `make soak` injects
+#   SEED=...         what `make fuzz` tries
 #   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
@@ -11,9 +12,10 @@ BIN := .venv/bin
 TESTS ?= tests
 KILLS ?= 20
 FAULTS ?= 40
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos soak sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos soak fuzz sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -55,6 +57,9 @@ chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments,
 soak: sglang ## kill and stop SGLang servers, router and trainer of a run 40 times (FAULTS=...); check that nothing is lost
 	@$(BIN)/python tools/soak.py --faults $(FAULTS)
 	@$(BIN)/python tools/soak.py --faults $(FAULTS) --staleness 1
+
+fuzz: .venv ## try hostile completions, rows and configurations (SEED=...); list what is not treated as it should be
+	@$(BIN)/python tools/fuzz.py --seed $(SEED)
 
 sglang: .venv ## SGLang's own environment, .venv-sglang
 	@PYTHON="$${PYTHON:-$(CURDIR)/$(BIN)/python}" tools/setup_sglang_env.sh

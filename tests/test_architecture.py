@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"errors"},
     "control": {"errors"},
     "machine": BASE,
-    "plan": BASE | {"data", "machine"},
+    "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
     "rewards": BASE,

@@ -13,7 +13,7 @@ class GateConfig(Section):
     mode: Literal["paper", "always", "only_negative", "off"] = Field(
         "paper", description="which completions the filter may drop: docs/algorithm.md"
     )
-    threshold: float = Field(0.6931471805599453, gt=0, description="nats; ln 2 is provable")
+    threshold: float = Field(0.6931471805599453, gt=0, le=100, description="nats; ln 2 is provable")
 
 
 class ImportanceConfig(Section):
@@ -22,7 +22,7 @@ class ImportanceConfig(Section):
     level: Literal["off", "token", "sequence"] = Field(
         "off", description="weigh every token, or every completion as a whole"
     )
-    cap: float = Field(2.0, gt=0, description="the largest weight")
+    cap: float = Field(2.0, gt=0, le=1e6, description="the largest weight")
 
 
 class AlgorithmConfig(Section):
@@ -32,16 +32,18 @@ class AlgorithmConfig(Section):
     compat: Literal["paper", "reference"] = Field(
         "paper", description="reference: reproduce the authors' implementation"
     )
-    gamma: float = Field(0.1, ge=0, description="weight of the entropy term in the GTPO advantage")
-    positive_weight: float = Field(2.0, ge=0, description="weight of conflict tokens in positive completions")
+    gamma: float = Field(0.1, ge=0, le=1e4, description="weight of the entropy term in the GTPO advantage")
+    positive_weight: float = Field(
+        2.0, ge=0, le=1e4, description="weight of conflict tokens in positive completions"
+    )
     gate: GateConfig = GateConfig()
-    clip_low: float = Field(0.2, ge=0, description="GRPO: lower clipping range")
-    clip_high: float = Field(0.2, ge=0, description="GRPO: upper clipping range")
+    clip_low: float = Field(0.2, ge=0, le=1, description="GRPO: lower clipping range")
+    clip_high: float = Field(0.2, ge=0, le=1e4, description="GRPO: upper clipping range")
     kl_beta: float = Field(
-        0.0, ge=0, description="GRPO: weight of the k3 KL term; 0 loads no reference policy"
+        0.0, ge=0, le=1e4, description="GRPO: weight of the k3 KL term; 0 loads no reference policy"
     )
     updates_per_batch: int = Field(
-        1, ge=1, description="optimizer updates on each batch; above 1 pi_old is needed"
+        1, ge=1, le=10_000, description="optimizer updates on each batch; above 1 pi_old is needed"
     )
     old_logprobs: Literal["trainer", "sampler"] = Field(
         "trainer", description="source of pi_old when it is needed"

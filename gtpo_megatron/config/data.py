@@ -34,8 +34,12 @@ class DataConfig(Section):
         None, description="default: the paper's reasoning/answer instruction; '' for none"
     )
     chat: bool = Field(True, description="render with the tokenizer's chat template; false: plain text")
-    few_shot: int = Field(0, ge=0, description="worked examples from the same set, put before the question")
-    max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are filtered and counted")
+    few_shot: int = Field(
+        0, ge=0, le=1000, description="worked examples from the same set, put before the question"
+    )
+    max_prompt_tokens: int = Field(
+        512, ge=1, le=10_000_000, description="longer prompts are filtered and counted"
+    )
     limit: int | None = Field(None, ge=1, description="use only the first N rows")
     shuffle: bool = Field(True, description="a new order every epoch, seeded by training.seed")
     bad_rows: Literal["error", "skip"] = Field(

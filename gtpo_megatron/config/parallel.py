@@ -10,13 +10,13 @@ from gtpo_megatron.config.section import Section
 class ParallelConfig(Section):
     """How the policy is spread over ranks. Data parallelism is what remains of the world size."""
 
-    tensor: int = Field(1, ge=1, description="ranks that share every matrix")
-    pipeline: int = Field(1, ge=1, description="stages that share the layers")
+    tensor: int = Field(1, ge=1, le=10_000, description="ranks that share every matrix")
+    pipeline: int = Field(1, ge=1, le=10_000, description="stages that share the layers")
     virtual_pipeline: int | None = Field(
-        None, ge=2, description="model chunks per pipeline rank (interleaved schedule)"
+        None, ge=2, le=10_000, description="model chunks per pipeline rank (interleaved schedule)"
     )
-    context: int = Field(1, ge=1, description="ranks that share every sequence")
-    expert: int = Field(1, ge=1, description="ranks that share the experts of a mixture")
+    context: int = Field(1, ge=1, le=10_000, description="ranks that share every sequence")
+    expert: int = Field(1, ge=1, le=10_000, description="ranks that share the experts of a mixture")
     sequence: bool = Field(False, description="sequence parallelism; needs tensor > 1")
 
     @model_validator(mode="after")

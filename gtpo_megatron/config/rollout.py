@@ -13,7 +13,7 @@ class DynamicSampling(Section):
 
     enabled: bool = Field(False, description="sample new prompts in their place")
     max_rounds: int = Field(
-        3, ge=1, description="rounds of replacement before the step goes on with what it has"
+        3, ge=1, le=1000, description="rounds of replacement before the step goes on with what it has"
     )
 
 
@@ -23,17 +23,22 @@ class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = Field(
         "embedded", description="transformers' generation in the trainer, or SGLang servers"
     )
-    prompts_per_step: int = Field(8, ge=1, description="groups in a step's batch")
-    group_size: int = Field(8, ge=2, description="completions of each prompt (G)")
-    max_new_tokens: int = Field(512, ge=1, description="tokens of a completion at most")
-    temperature: float = Field(1.0, gt=0, description="divides the logits, in sampling and in the loss")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
-    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: off")
-    batch_size: int = Field(128, ge=1, description="embedded engine: completions generated at once")
-    staleness: int = Field(0, ge=0, description="how many updates old the sampling weights may be")
+    prompts_per_step: int = Field(8, ge=1, le=1_000_000, description="groups in a step's batch")
+    group_size: int = Field(8, ge=2, le=10_000, description="completions of each prompt (G)")
+    max_new_tokens: int = Field(512, ge=1, le=10_000_000, description="tokens of a completion at most")
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="divides the logits, in sampling and in the loss"
+    )
+    top_p: float = Field(1.0, ge=1e-6, le=1, description="nucleus sampling; 1: off")
+    top_k: int = Field(0, ge=0, le=1_000_000, description="sample from the k most likely tokens; 0: off")
+    batch_size: int = Field(
+        128, ge=1, le=1_000_000, description="embedded engine: completions generated at once"
+    )
+    staleness: int = Field(0, ge=0, le=1000, description="how many updates old the sampling weights may be")
     oversample: float = Field(
         1.0,
         ge=1,
+        le=100,
         description="sample this many times the prompts, keep the first finished, put the others back",
     )
     dynamic_sampling: DynamicSampling = Field(

@@ -12,10 +12,13 @@ class SGLangConfig(Section):
 
     urls: tuple[str, ...] = Field((), description="servers that already run")
     urls_file: str | None = Field(None, description="file with one URL a line; read again when it changes")
-    servers: int = Field(1, ge=1, description="servers to start here when no URLs are given")
-    tensor: int = Field(1, ge=1, description="tensor parallelism of each started server")
+    servers: int = Field(1, ge=1, le=10_000, description="servers to start here when no URLs are given")
+    tensor: int = Field(1, ge=1, le=10_000, description="tensor parallelism of each started server")
     first_gpu: int | None = Field(
-        None, ge=0, description="GPU of the first started server; default: the first that no rank here has"
+        None,
+        ge=0,
+        le=10_000,
+        description="GPU of the first started server; default: the first that no rank here has",
     )
     python: str | None = Field(
         None, description="interpreter of SGLang's environment; default: .venv-sglang/bin/python"
@@ -23,15 +26,22 @@ class SGLangConfig(Section):
     router: bool = Field(False, description="put sglang-router before the servers for /generate")
     host: str = Field("127.0.0.1", description="address that started servers listen on")
     api_key: str | None = Field(None, description="needed when host is not loopback; may be env:NAME")
-    start_timeout_s: float = Field(600.0, gt=0, description="how long a server may take to answer at first")
-    request_timeout_s: float = Field(600.0, gt=0, description="limit for one completion's request")
-    concurrency: int = Field(64, ge=1, description="completions in flight per server")
+    start_timeout_s: float = Field(
+        600.0, gt=0, le=604_800, description="how long a server may take to answer at first"
+    )
+    request_timeout_s: float = Field(
+        600.0, gt=0, le=604_800, description="limit for one completion's request"
+    )
+    concurrency: int = Field(64, ge=1, le=100_000, description="completions in flight per server")
     weight_transfer: Literal["distributed", "tensor", "disk"] = Field(
         "distributed", description="by a process group, in the request (or CUDA IPC), or through files"
     )
-    bucket_mb: int = Field(512, ge=1, description="size of a transfer bucket, MiB")
+    bucket_mb: int = Field(512, ge=1, le=1_000_000, description="size of a transfer bucket, MiB")
     verify_every: int = Field(
-        10, ge=0, description="mismatch certificate every K weight versions; 0: only after start"
+        10,
+        ge=0,
+        le=1_000_000_000,
+        description="mismatch certificate every K weight versions; 0: only after start",
     )
     checksums: Literal["never", "start", "certificate"] = Field(
         "start",
@@ -39,16 +49,16 @@ class SGLangConfig(Section):
         "the servers read them from the run's directory",
     )
     max_logprob_gap: float | None = Field(
-        None, gt=0, description="stop above this mean |difference|; default by dtype"
+        None, gt=0, le=100, description="stop above this mean |difference|; default by dtype"
     )
     group_timeout_s: float | None = Field(
-        None, gt=0, description="a group not done by then is aborted and recycled"
+        None, gt=0, le=604_800, description="a group not done by then is aborted and recycled"
     )
     partial: bool = Field(
         False, description="continue completions after an update, a timeout or the end of their batch"
     )
     no_server_timeout_s: float = Field(
-        600.0, gt=0, description="how long to wait with no server left before saving and stopping"
+        600.0, gt=0, le=604_800, description="how long to wait with no server left before saving and stopping"
     )
     args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
 

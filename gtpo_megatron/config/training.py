@@ -10,18 +10,23 @@ from gtpo_megatron.config.section import Section
 class TrainingConfig(Section):
     """The loop."""
 
-    steps: int = Field(ge=1, description="steps of the run: batches sampled and trained on")
+    steps: int = Field(ge=1, le=1_000_000_000, description="steps of the run: batches sampled and trained on")
     micro_batch_tokens: int = Field(
-        4096, ge=1, description="token budget of a packed micro-batch, prompts included"
+        4096, ge=1, le=1_000_000_000, description="token budget of a packed micro-batch, prompts included"
     )
-    sft_batch_size: int = Field(16, ge=1, description="SFT: examples per step")
+    sft_batch_size: int = Field(16, ge=1, le=1_000_000, description="SFT: examples per step")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations computed again in the backward pass, to save memory"
     )
-    seed: int = Field(0, ge=0, description="of the prompts' order, and of sampling where the engine can")
+    seed: int = Field(
+        0, ge=0, le=4_294_967_295, description="of the prompts' order, and of sampling where the engine can"
+    )
     deterministic: bool = Field(True, description="deterministic kernels where there is a choice")
     max_bad_steps: int = Field(
-        3, ge=1, description="stop after this many steps in a row with NaN or infinite gradients"
+        3,
+        ge=1,
+        le=1_000_000,
+        description="stop after this many steps in a row with NaN or infinite gradients",
     )
     overlap_grad_reduce: bool = Field(
         False, description="reduce gradients over data-parallel ranks during the backward pass"

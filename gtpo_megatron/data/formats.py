@@ -1,5 +1,6 @@
 """How a row of a known data set gives its question, answer and worked solution."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,10 @@ def _text(row: dict[str, Any], field: str) -> str:
     value = row.get(field)
     if value is None:
         raise ValueError(f"has no field '{field}' (fields: {', '.join(row) or 'none'})")
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"field '{field}' must be text or a number, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"field '{field}' is {value}, not a finite number")
     text = str(value).strip()
     if not text:
         raise ValueError(f"field '{field}' is empty")

@@ -1,7 +1,7 @@
 """Prompts: questions rendered and tokenized as the policy will see them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -44,6 +44,7 @@ class PromptSet:
     skipped: int  # malformed, with data.bad_rows: skip
     skipped_examples: tuple[str, ...]  # what was wrong with the first few of them
     long_solutions: int = 0  # filtered for supervised fine-tuning: see `with_solutions_within`
+    neutralised: int = 0  # rows that spell a special token; their prompts have it as plain text
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -59,6 +60,8 @@ class PromptSet:
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read a data set, render and tokenize its questions, and drop those over the token limit.
+
+    Text of a row that spells a special token, such as <|im_end|>, must not close a turn: `neutral_text` breaks it.
 
     Few-shot examples are the set's first `few_shot` good rows; they are not prompts themselves.
 
@@ -76,7 +79,12 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
 
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     render = _chat_text if config.chat else _plain_text
-    texts = [render(tokenizer, system, shots, example.question) for example in examples]
+    special = _special_tokens(tokenizer)
+    neutralised = sum(_neutral_example(example, special) != example for example in (*shots, *examples))
+    shots = [_neutral_example(shot, special) for shot in shots]
+    texts = [
+        render(tokenizer, system, shots, neutral_text(example.question, special)) for example in examples
+    ]
     # A chat template writes its own special tokens; plain text gets those that the tokenizer adds (a BOS).
     encoded = tokenizer(texts, add_special_tokens=not config.chat)["input_ids"] if texts else []
     prompts = tuple(
@@ -90,7 +98,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             f"data.path: {_where(config)}: no prompt is left of {rows} rows ({len(mistakes)} malformed, {too_long} over "
             f"data.max_prompt_tokens = {config.max_prompt_tokens}, {config.few_shot} few-shot examples)"
         )
-    return PromptSet(prompts, rows, too_long, len(mistakes), tuple(mistakes[:5]))
+    return PromptSet(prompts, rows, too_long, len(mistakes), tuple(mistakes[:5]), neutralised=neutralised)
 
 
 def solution_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -98,7 +106,7 @@ def solution_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int
 
     Without a solution the answer stands in for the reasoning.
     """
-    text = _formatted(prompt)
+    text = neutral_text(_formatted(prompt), _special_tokens(tokenizer))
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_of_turn_id(tokenizer)]
 
 
@@ -152,6 +160,27 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
         raise UserError(
             f"tokenizer {name}: no chat template; set data.chat: false for plain text, or chat_template {mend}"
         )
+
+
+def neutral_text(text: str, special: Collection[str]) -> str:
+    """The text with a space behind the first character of each special token in it, so that it is read as plain text.
+
+    A special token of one character is left out.
+    """
+    for token in sorted(special, key=len, reverse=True):
+        if token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else "")
+    return text
+
+
+def _neutral_example(example: Example, special: Collection[str]) -> Example:
+    solution = example.solution
+    return replace(
+        example,
+        question=neutral_text(example.question, special),
+        answer=neutral_text(example.answer, special),
+        solution=None if solution is None else neutral_text(solution, special),
+    )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

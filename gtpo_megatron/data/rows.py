@@ -58,7 +58,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter: lists in lists in lists
                 row = None
             yield number, row if isinstance(row, dict) else None
 

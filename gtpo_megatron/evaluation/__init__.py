@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from gtpo_megatron.config import RewardTerm, RunConfig
 from gtpo_megatron.data.prompts import Prompt, load_prompts, stop_token_ids
-from gtpo_megatron.evaluation.passk import maj_at_k, pass_at_k
+from gtpo_megatron.evaluation.passk import any_right, maj_at_k
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.collective import on_rank_zero
 from gtpo_megatron.policy.model import DTYPES, world_rank
@@ -82,6 +82,6 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "eval/prompts": float(groups),
     }
     if samples > 1:
-        result[f"eval/pass@{samples}"] = pass_at_k(trajectories)
+        result[f"eval/pass@{samples}"] = any_right(trajectories)
         result[f"eval/maj@{samples}"] = maj_at_k(trajectories)
     return result

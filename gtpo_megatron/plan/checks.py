@@ -1,15 +1,14 @@
 """What can be known to be wrong before a model is built: the run against its checkpoint's config.json and this machine."""
 
-import importlib
-import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from gtpo_megatron.config import DataConfig, ParallelConfig, RunConfig
+from gtpo_megatron.config import DataConfig, ParallelConfig, RewardTerm, RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine.probe import FP8_CAPABILITY, Machine, this_machine
 from gtpo_megatron.plan.layout import (
@@ -19,6 +18,7 @@ from gtpo_megatron.plan.layout import (
     hf_shape,
     sequence_alignment,
 )
+from gtpo_megatron.rewards.terms import check_options, import_function, term_function
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -287,8 +287,7 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"rewards.terms: two terms are called {name}; give each its own rewards.terms[].name"
     for index, term in enumerate(config.rewards.terms):
-        if term.function is not None and (problem := _import_problem(term.function)):
-            yield f"rewards.terms[{index}].function: {term.function}: {problem}"
+        yield from _term_problem(f"rewards.terms[{index}]", term)
 
 
 def checkpoint_problems(directory: Path) -> Iterator[str]:
@@ -389,18 +388,29 @@ def _raised(check: Callable[[], None]) -> list[str]:
     return []
 
 
-def _import_problem(path: str) -> str | None:
-    module_name, colon, name = path.partition(":")
-    if not colon or not module_name or not name:
-        return "expected package.module:function"
+def _term_problem(key: str, term: RewardTerm) -> Iterator[str]:
+    """A function that does not import, or options that the term does not take."""
+    path = term.function
     try:
-        module = importlib.import_module(module_name)
+        function = term_function(term.kind) if path is None else import_function(path)
     except Exception as error:  # a user's module may raise anything
-        return f"{module_name} does not import: {type(error).__name__}: {error}"
-    function = getattr(module, name, None)
-    if function is None:
-        return f"{module_name} has no {name}"
-    return None if callable(function) else f"{name} is not callable"
+        yield f"{key}.function: {path}: {_import_reason(path, error)}"
+        return
+    try:
+        check_options(term.kind, function, term.options)
+    except (TypeError, ValueError) as error:
+        yield f"{key}.options: {path or term.kind}: {error}"
+
+
+def _import_reason(path: str, error: Exception) -> str:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        return "expected package.module:function"
+    if isinstance(error, AttributeError) and module in sys.modules:
+        return f"{module} has no {name}"
+    if isinstance(error, TypeError) and module in sys.modules:
+        return f"{name} is not callable"
+    return f"{module} does not import: {type(error).__name__}: {error}"
 
 
 def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:

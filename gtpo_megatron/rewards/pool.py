@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Item = tuple[str, str, str]  # completion text, reference answer, question
 _log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 300.0  # a loaded machine can take a minute to import a user's verifier
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from gtpo_megatron.rewards.worker import main; main(int(sys.argv[1]))"
+_DIFFERENT_WARNINGS = 20  # a verifier may put the completion into its error
 _RESERVED = ("mean", "std", "failed")  # metrics of the whole reward
 
 
@@ -83,6 +85,8 @@ class RewardPool:
         self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="rewards")
         self._workers: set[_Worker] = set()
+        self._lock = threading.Lock()
+        self._said: set[str] = set()  # errors
         try:
             for _ in range(config.workers):  # all start at once, then each is waited for
                 self._workers.add(_Worker(self._terms))
@@ -141,9 +145,21 @@ class RewardPool:
         finally:
             self._idle.put(worker)  # None: the next to come starts a new one
         if kind == "error":
-            _log.warning("reward 0: %s; completion: %.200r", value, item[0])
+            self._say(value, item[0])
             return Score(0.0, dict.fromkeys(self._weights, 0.0), value)
         return Score(math.fsum(self._weights[name] * term for name, term in value.items()), value)
+
+    def _say(self, error: str, completion: str) -> None:
+        with self._lock:
+            new = error not in self._said and len(self._said) < _DIFFERENT_WARNINGS
+            self._said.add(error)
+        level = logging.WARNING if new else logging.DEBUG
+        _log.log(
+            level,
+            "reward 0: %s; completion: %.200r (equal ones are counted in reward/failed)",
+            error,
+            completion,
+        )
 
     def _start_worker(self) -> "_Worker":
         worker = _Worker(self._terms)

@@ -1,20 +1,30 @@
 """Reward terms: functions (completion, answer, question) -> float. Imported by the workers, so nothing heavy here.
 
 The paper's reward is `paper_format` + `paper_correctness`, and this is how its authors' implementation computes it,
-with the three departures that `paper_correctness` names.
+with the departures that `paper_correctness` names.
 """
 
 import importlib
-import logging
+import inspect
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
+
+from gtpo_megatron.rewards.answers import (
+    MAX_LENGTH,
+    answer_text,
+    import_verifier,
+    number,
+    same_answer,
+    stated_answer,
+)
 
 Term = Callable[[str, str, str], float]
 
 _ANSWER_AT_END = re.compile(r"<answer>(?:(?!</?answer>).)*</answer>\s*\Z", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _EXACT = re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:reasoning|answer)>")
 
@@ -37,22 +47,24 @@ def paper_format(completion: str, answer: str = "", question: str = "") -> float
 
 
 def paper_correctness(
-    completion: str, answer: str, question: str = "", tolerance: float = 0.01, substring: bool = False
+    completion: str,
+    answer: str,
+    question: str = "",
+    tolerance: float = 0.01,
+    substring: bool = False,
+    rule: str = "one_answer",
 ) -> float:
     """The paper's correctness reward: 10 for the right answer in the full format, else 0.
 
     Numbers are right within `tolerance`. Departures from the authors' implementation: a currency sign, a percent sign
     and thousands separators are not held against a number; an answer that is no number is compared by math-verify;
-    and an answer that only contains the reference's characters ("180" for "18") is wrong, unless `substring` is set.
+    an answer must be one answer (`rule: last_number` takes the last number in it, whatever stands around it); and an
+    answer that only contains the reference's characters ("180" for "18") is wrong, unless `substring` is set.
     """
     if paper_format(completion) < 10.0:
         return 0.0
     given = answer_text(completion) or ""
-    expected_number, given_number = _number(answer), _number(given)
-    if expected_number is not None and given_number is not None:
-        right = abs(expected_number - given_number) <= tolerance
-    else:
-        right = _equivalent(given, answer)
+    right = _RULES[rule](given, answer, tolerance)
     return 10.0 if right or (substring and answer in given) else 0.0
 
 
@@ -61,80 +73,107 @@ def format_exact(completion: str, answer: str = "", question: str = "") -> float
     return float(len(_TAG.findall(completion)) == 4 and _EXACT.fullmatch(completion) is not None)
 
 
-def math_verify_correct(completion: str, answer: str, question: str = "") -> float:
-    """1 if math-verify finds the answer equivalent to the reference, else 0.
+def math_verify_correct(completion: str, answer: str, question: str = "", rule: str = "one_answer") -> float:
+    """1 if the answer is one answer and math-verify finds it equivalent to the reference, else 0.
 
-    The last `<answer>` pair is judged. Without one the whole text is, and math-verify takes its `\\boxed{}`, else the
-    last expression or number in it.
+    The last `<answer>` pair is judged; without one the last `\\boxed{}`, else the last number. `rule: last_number`
+    judges the last number, whatever stands around it.
     """
-    given = answer_text(completion)
-    return float(_equivalent(completion if given is None else given, answer))
-
-
-def answer_text(completion: str) -> str | None:
-    """Content of the last complete `<answer>` pair, stripped; None if there is none."""
-    matches = _ANSWER.findall(completion)
-    return matches[-1].strip() if matches else None
+    given = stated_answer(completion)
+    return float(given is not None and _RULES[rule](given, answer))
 
 
 def load_term(kind: str, function: str | None, options: dict[str, Any]) -> Term:
     """The function of a configured term, its options bound.
 
     Raises:
-        ImportError, AttributeError, TypeError, ValueError: the path of a user's function does not lead to a function.
+        ImportError, AttributeError, TypeError, ValueError: the path of a user's function does not lead to a function, or
+            the function does not take the options.
     """
-    if kind == "python":
-        return partial(_import_function(function or ""), **options)
+    term = import_function(function or "") if kind == "python" else _TERMS[kind]
+    check_options(kind, term, options)
     if kind in ("math_verify", "paper_correctness"):
-        _math_verify()  # slow to import: now, not within the first completion's time limit
-    return partial(_TERMS[kind], **options)
+        import_verifier()  # now, not within the first completion's time limit
+    if kind == "python":
+        return lambda completion, answer, question: term(completion, answer, question=question, **options)
+    return partial(term, **options)
 
 
+def import_function(path: str) -> Callable[..., float]:
+    """The function at `package.module:function` or `package.module:Class.method`.
+
+    Raises:
+        ValueError: the path has another form.
+        AttributeError: the module has no such name.
+        TypeError: it is no function.
+        Exception: whatever importing the user's module raises.
+    """
+    module_name, separator, name = path.partition(":")
+    if not (module_name and separator and name):
+        raise ValueError(f"'{path}' is not of the form package.module:function")
+    function: Any = importlib.import_module(module_name)
+    for part in name.split("."):
+        function = getattr(function, part)
+    if not callable(function):
+        raise TypeError(f"'{path}' is a {type(function).__name__}, not a function")
+    return function
+
+
+def term_function(kind: str) -> Term:
+    """The function of a built-in term."""
+    return _TERMS[kind]
+
+
+def check_options(kind: str, function: Callable[..., float], options: dict[str, Any]) -> None:
+    """See that a term can be called with its options: their names, and a built-in term's values.
+
+    Raises:
+        TypeError: an unknown or missing option, or one that every call gives already.
+        ValueError: a value without meaning.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # functions written in C may have none
+        return
+    taken = [name for name in options if name in ("completion", "answer", "question")]
+    if taken:
+        raise TypeError(f"option '{taken[0]}' is given by every call already")
+    try:
+        signature.bind("", "", question="", **options)
+    except TypeError as error:
+        known = [name for name in signature.parameters if name not in ("completion", "answer", "question")]
+        raise TypeError(f"{error} (options: {', '.join(known) or 'none'})") from None
+    for name, value in options.items() if kind != "python" else ():
+        if problem := _option_problem(name, value):
+            raise ValueError(f"option '{name}' must be {problem}, not {value!r}")
+
+
+def _option_problem(name: str, value: Any) -> str | None:
+    if name == "rule" and value not in _RULES:
+        return f"one of {', '.join(_RULES)}"
+    if name == "substring" and not isinstance(value, bool):
+        return "true or false"
+    if name == "tolerance" and not (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    ):
+        return "a number from 0"
+    return None
+
+
+def _last_number(given: str, expected: str, tolerance: float = 5e-7) -> bool:
+    """The looser rule: the last number in the answer decides where the reference is a number."""
+    value, numbers = number(expected), _LAST_NUMBER.findall(given[-MAX_LENGTH:])
+    if value is None or not numbers:
+        return same_answer(given, expected, tolerance)
+    last = number(numbers[-1])
+    return last is not None and abs(last - value) <= Fraction(tolerance)
+
+
+_LAST_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+_RULES: dict[str, Callable[..., bool]] = {"one_answer": same_answer, "last_number": _last_number}
 _TERMS: dict[str, Term] = {
     "paper_format": paper_format,
     "paper_correctness": paper_correctness,
     "math_verify": math_verify_correct,
     "format": format_exact,
 }
-
-
-def _import_function(path: str) -> Callable[..., float]:
-    module_name, separator, name = path.partition(":")
-    if not (module_name and separator and name):
-        raise ValueError(f"'{path}' is not of the form package.module:function")
-    function = importlib.import_module(module_name)
-    for part in name.split("."):
-        function = getattr(function, part)
-    if not callable(function):
-        raise TypeError(f"'{path}' is a {type(function).__name__}, not a function")
-    return lambda completion, answer, question, **options: function(
-        completion, answer, question=question, **options
-    )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.strip().strip("$%").replace(",", ""))
-    except ValueError:
-        return None
-
-
-def _equivalent(given: str, expected: str) -> bool:
-    if given.strip() == expected.strip():
-        return True
-    math_verify = _math_verify()
-    # No limits of its own: they need SIGALRM, and the pool bounds the whole completion.
-    parse = partial(math_verify.parse, parsing_timeout=None)
-    verify = partial(math_verify.verify, timeout_seconds=None)
-    gold = parse(f"${expected}$")
-    readings = (
-        [given] if "$" in given or r"\boxed" in given else [given, f"${given}$"]
-    )  # bare LaTeX has no anchor
-    return any(verify(gold, parse(reading)) for reading in readings)
-
-
-def _math_verify() -> Any:
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call without a limit
-    return math_verify

@@ -153,6 +153,11 @@ class Run:
         if self.step:
             self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
         for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
+            if prompts is not None and prompts.neutralised:
+                self.progress.note(
+                    f"{name}: {prompts.neutralised} rows spell a special token of the tokenizer; "
+                    "the prompts have it as plain text"
+                )
             if prompts is not None and (prompts.too_long or prompts.skipped):
                 self.progress.note(
                     f"{name}: {prompts.too_long} prompts over the token limit and {prompts.skipped} malformed rows "

@@ -255,3 +255,27 @@ def test_a_failed_save_leaves_the_old_file(
 def test_the_configuration_is_frozen(recipe: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(recipe).training.steps = 5
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rewards.terms[0].weight=.inf",
+        "rewards.terms[0].weight=.nan",
+        "rollout.temperature=1e-300",
+        "rollout.temperature=.inf",
+        "optimizer.eps=.inf",
+        "optimizer.lr=.inf",
+        "algorithm.gamma=.inf",
+        "training.seed=18446744073709551616",
+        "rewards.timeout_s=.inf",
+        "training.steps=1000000000000",
+        "rewards.workers=1000000",
+        "rewards.terms[0].options.tolerance=.nan",
+        "rewards.terms[0].options.list=[1,[.inf]]",
+        "rollout.sglang.request_timeout_s=.inf",
+    ],
+)
+def test_nonsense_is_refused_by_name(recipe: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    assert key.partition(".options.")[0] in error_of(recipe, override)

@@ -1,12 +1,13 @@
 """pass@k and maj@k, and the figures of an evaluation."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gtpo_megatron.evaluation import figures
-from gtpo_megatron.evaluation.passk import by_group, maj_at_k, pass_at_k
+from gtpo_megatron.evaluation.passk import any_right, by_group, maj_at_k, pass_at_k
 from gtpo_megatron.trajectories.record import Trajectory
 
 
@@ -49,14 +50,14 @@ def group(number: int, answers: str, right: str) -> list[Trajectory]:
 )
 def test_one_prompt(answers: str, passed: float, majority: float) -> None:
     samples = group(0, answers, right="4")
-    assert pass_at_k(samples) == passed
+    assert any_right(samples) == passed
     assert maj_at_k(samples) == majority
 
 
 def test_shares_are_of_prompts() -> None:
     samples = group(0, "44", "4") + group(1, "45", "5") + group(2, "11", "2") + group(3, "-7", "7")
     mixed = [samples[place] for place in (3, 0, 7, 4, 1, 5, 2, 6)]
-    assert pass_at_k(mixed) == 0.75
+    assert any_right(mixed) == 0.75
     assert maj_at_k(samples) == 0.25
     assert [[t.group for t in members] for members in by_group(mixed)] == [[1, 1], [0, 0], [3, 3], [2, 2]]
 
@@ -65,6 +66,34 @@ def test_equal_answers_count_as_one_whatever_the_reasoning() -> None:
     first, *others = group(0, "544", right="4")
     others[1] = replace(others[1], text=others[1].text.replace("so", "thus").replace("4<", " 4 <"))
     assert maj_at_k([first, *others]) == 1
+
+
+def test_answers_without_tags_and_other_spellings_are_votes() -> None:
+    right = [replace(sample(0, "4", True), text=text) for text in ("it is 4", r"\boxed{4}", "so 4.")]
+    assert maj_at_k([*right, replace(sample(0, "5", False), text="it is 5")]) == 1
+    wrong = [
+        replace(sample(0, "5", False), text=text)
+        for text in (r"\boxed{\frac12}", "<answer>0.5</answer>", "0.50")
+    ]
+    assert maj_at_k([*wrong, *right[:2]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "right", "k", "expected"),
+    [(4, 1, 1, 0.25), (4, 2, 2, 5 / 6), (4, 2, 3, 1.0), (5, 0, 5, 0.0), (3, 3, 1, 1.0)],
+)
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(
+    samples: int, right: int, k: int, expected: float
+) -> None:
+    draws = list(itertools.combinations([True] * right + [False] * (samples - right), k))
+    assert pass_at_k(samples, right, k) == pytest.approx(expected)
+    assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(("samples", "right", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
+def test_pass_at_k_of_nonsense(samples: int, right: int, k: int) -> None:
+    with pytest.raises(ValueError, match="must be from"):
+        pass_at_k(samples, right, k)
 
 
 def test_figures_of_greedy_completions() -> None:

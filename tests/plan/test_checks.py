@@ -1,6 +1,7 @@
 """Every rule that stops a run before a model is built, each shown by the message a user would read."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -324,10 +325,59 @@ def test_reward_functions_that_do_not_import(
 
 
 def test_reward_terms_need_names_of_their_own(build: Callable[..., RunConfig]) -> None:
-    twice = [{"kind": "python", "function": "math:sqrt"}, {"kind": "python", "function": "math:exp"}]
+    twice = [{"kind": "python", "function": f"tests.rewards.user_terms:{f}"} for f in ("moody", "half")]
     assert "rewards.terms: two terms are called python" in problem(build(rewards={"terms": twice}))
     check_run(build(rewards={"terms": [t | {"name": str(i)} for i, t in enumerate(twice)]}), 1, CPU)
     assert "rewards.terms: the list is empty" in problem(build(rewards={"terms": []}))
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"),
+    [
+        (
+            {"kind": "paper_correctness", "options": {"scal": 1}},
+            "paper_correctness: .*'scal' .*tolerance, sub",
+        ),
+        ({"kind": "format", "options": {"tolerance": 1}}, "format: .*'tolerance' .*options: none"),
+        (
+            {"kind": "paper_correctness", "options": {"tolerance": "much"}},
+            "'tolerance' must be a number from 0",
+        ),
+        ({"kind": "paper_correctness", "options": {"tolerance": -1}}, "'tolerance' must be a number from 0"),
+        ({"kind": "paper_correctness", "options": {"substring": 1}}, "'substring' must be true or false"),
+        (
+            {"kind": "math_verify", "options": {"rule": "last"}},
+            "'rule' must be one of one_answer, last_number",
+        ),
+        (
+            {"kind": "python", "function": "tests.rewards.user_terms:half", "options": {"ofset": 1}},
+            "user_terms:half: .*'ofset' .*options: offset",
+        ),
+        (
+            {"kind": "python", "function": "tests.rewards.user_terms:half", "options": {"question": "q"}},
+            "'question' is given by every call",
+        ),
+        ({"kind": "python", "function": "math:sqrt"}, "math:sqrt: "),
+    ],
+)
+def test_options_that_a_term_does_not_take(
+    build: Callable[..., RunConfig], term: dict, expected: str
+) -> None:
+    message = problem(build(rewards={"terms": [{"kind": "paper_format"}, term]}))
+    assert re.match(rf"rewards.terms\[1\].options: .*{expected}", message), message
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        {"kind": "python", "function": "tests.rewards.user_terms:half", "options": {"offset": 2}},
+        {"kind": "python", "function": "tests.rewards.user_terms:Judge.score"},
+        {"kind": "paper_correctness", "options": {"tolerance": 0, "substring": True, "rule": "last_number"}},
+        {"kind": "math_verify", "options": {"rule": "one_answer"}},
+    ],
+)
+def test_functions_and_options_that_terms_take(build: Callable[..., RunConfig], term: dict) -> None:
+    check_run(build(rewards={"terms": [term]}), 1, CPU)
 
 
 def test_data_paths(build: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -108,6 +108,25 @@ def test_a_failing_verifier_costs_only_that_completion(
     assert len(caplog.records) == 1 and failed.error in caplog.text and repr(completion) in caplog.text
 
 
+def test_equal_warnings_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = RewardConfig(terms=(user_term("moody"),), workers=2)
+    with RewardPool(config) as pool, caplog.at_level(logging.WARNING, "gtpo_megatron.rewards.pool"):
+        scores = pool.submit([("raise", "4", "q")] * 16 + [("nan", "4", "q")] * 4).result()
+    assert all(score.error for score in scores)
+    assert len(caplog.records) == 2 and "no such luck" in caplog.text and "returned nan" in caplog.text
+
+
+def test_a_method_of_a_class_scores() -> None:
+    with RewardPool(RewardConfig(terms=(user_term("Judge.score"),), workers=1)) as pool:
+        assert [score.total for score in pool.submit([("4", "4", ""), ("5", "4", "")]).result()] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["format", "paper_correctness"])
+def test_a_misspelt_option_is_an_error_at_once(kind: str) -> None:
+    with pytest.raises(UserError, match=f"rewards.terms: {kind}: .*'scal'"):
+        RewardPool(RewardConfig(terms=(RewardTerm(kind=kind, options={"scal": 1}),), workers=1))
+
+
 def test_a_verifiers_children_die_with_it(moody: RewardPool) -> None:
     (score,) = moody.submit([("hang with child", "4", "q")]).result()
     assert score.error == "no result within 2 s"

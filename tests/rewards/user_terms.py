@@ -41,3 +41,11 @@ def moody(completion: str, answer: str, question: str) -> float:
 
 def heavy_modules(completion: str, answer: str, question: str) -> float:
     return float("torch" in sys.modules)
+
+
+class Judge:
+    """A reward function may stand in a class."""
+
+    @staticmethod
+    def score(completion: str, answer: str, question: str) -> float:
+        return float(completion == answer)
