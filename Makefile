@@ -53,8 +53,10 @@ test-tier-short: lint
 	@$(BIN)/python $(PYTEST) -m 'not soak' $(TESTS)
 
 test-tier-all: lint
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python $(PYTEST) $(NUMERIC_TESTS)
-	@$(BIN)/python $(PYTEST) $(TESTS)
+	@status=0; \
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
+	$(BIN)/python $(PYTEST) $(TESTS) || status=$$?; \
+	exit $$status
 
 test-pair-next:
 	@PAIR=next tools/setup_trainer_env.sh

@@ -56,8 +56,8 @@ def logits_of(model: PreTrainedModel, place: int, completion: Completion, n: int
 
 
 def rounding(model: PreTrainedModel, logits: torch.Tensor) -> float:
-    """What float32 may lose of a logprob: machine epsilon, times the root of how many terms are summed one after the
-    other on the way (rounding errors walk at random), times the scale of the logits."""
+    """How far two float32 computations of a logprob may be apart: machine epsilon (one rounding of each), times the root
+    of how many terms are summed one after the other on the way (rounding errors walk at random), times the logits' scale."""
     config = model.config
     layer = 4 * config.hidden_size + config.intermediate_size  # q/k/v, scores, output, gate/up; down
     terms = config.num_hidden_layers * layer + config.hidden_size
@@ -71,7 +71,7 @@ def test_samples_do_not_depend_on_the_batch(
     together, apart = (completions(make(size)) for size in (64, batch_size))
     assert token_ids(apart) == token_ids(together)
     for place, (one, other) in enumerate(zip(apart, together, strict=True)):
-        bound = 2 * rounding(model, logits_of(model, place, one) / PARAMS.temperature)
+        bound = rounding(model, logits_of(model, place, one) / PARAMS.temperature)
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=bound)
 
 
@@ -90,9 +90,10 @@ def test_logprobs_are_of_the_whole_tempered_distribution(
 ) -> None:
     params = replace(PARAMS, **limits)
     for place, completion in enumerate(completions(make(), params)):
-        logprobs = (logits_of(model, place, completion) / params.temperature).log_softmax(-1)
+        logits = logits_of(model, place, completion) / params.temperature
+        logprobs = logits.log_softmax(-1)
         chosen = torch.from_numpy(completion.token_ids).long()[:, None]
-        bound = 2 * rounding(model, logprobs)
+        bound = rounding(model, logits)
         np.testing.assert_allclose(completion.logprobs, logprobs.gather(1, chosen)[:, 0], rtol=0, atol=bound)
         assert completion.logprobs.dtype == np.float32
         assert completion.token_versions.tolist() == [7] * len(completion.token_ids)
@@ -133,7 +134,7 @@ def test_greedy(make: Callable[[int], EmbeddedEngine], model: PreTrainedModel) -
     for place, completion in enumerate(greedy):
         logits = logits_of(model, place, completion, n=1)
         assert completion.token_ids.tolist() == logits.argmax(-1).tolist()
-        bound = 2 * rounding(model, logits)
+        bound = rounding(model, logits)
         np.testing.assert_allclose(completion.logprobs, logits.log_softmax(-1).amax(-1), rtol=0, atol=bound)
     assert token_ids(completions(make(), replace(params, temperature=1.0, top_k=1))) == token_ids(greedy)
 
