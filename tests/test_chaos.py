@@ -13,6 +13,7 @@ from gtpo_megatron.run.verify_resume import Training, compare, short_copy, verif
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.soak
 def test_a_run_killed_three_times_gives_the_same_metrics() -> None:
     done = subprocess.run(
         [sys.executable, "tools/chaos.py", "--kills", "3", "--steps", "6", "--seed", "1"],

@@ -4,9 +4,16 @@
 # VENV/setup.log.
 #   PYTHON       the interpreter (3.11 or 3.12); by default the first of python3.12, python3.11, python3 that fits
 #   TORCH_INDEX  another index for torch (PyTorch publishes one of CPU builds)
+#   PAIR         "next": the pins of Python 3.12 (the pair that clusters run) on whichever interpreter there is, into
+#                .venv-next. For tests: Megatron declares that it needs 3.12; on 3.11 only `typing.override` is missing.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${1:-$root/.venv}
+pair=${PAIR:-}
+case $pair in
+  "") venv=${1:-$root/.venv} ;;
+  next) venv=${1:-$root/.venv-next} ;;
+  *) echo "PAIR=$pair is unknown; there is: PAIR=next" >&2; exit 1 ;;
+esac
 requirements=$root/requirements
 
 # A user's own Python paths and pip's --user would lead packages past the environment.
@@ -41,7 +48,7 @@ else
 fi
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 inputs=("$requirements"/{build,trainer,trainer-nodeps,dev}.txt "$root/setup.py" "${BASH_SOURCE[0]}")
-stamp=$({ cat "${inputs[@]}"; echo "$version $root ${TORCH_INDEX:-}"; } | cksum)
+stamp=$({ cat "${inputs[@]}"; echo "$version $root ${TORCH_INDEX:-} $pair"; } | cksum)
 if [ "$(cat "$venv/stamp" 2>/dev/null)" = "$stamp" ] && fits "$venv/bin/python"; then exit 0; fi
 
 if ! fits "$venv/bin/python" || [ "$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" != "$version" ]; then
@@ -58,11 +65,43 @@ install() {
     exit 1
   }
 }
+pins() { # the requirements of a file whose markers hold for the pair's Python, without the markers
+  "$venv/bin/python" - "$1" "$([ "$pair" = next ] && echo 3.12 || echo "$version")" <<'END'
+import sys
+from pip._vendor.packaging.requirements import Requirement
+
+path, python_version = sys.argv[1:]
+for line in open(path):
+    if line := line.split("#")[0].strip():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python_version}):
+            requirement.marker = None
+            print(requirement)
+END
+}
+chosen=$venv/pins.txt
+without_dependencies=$venv/pins-nodeps.txt
+pins "$requirements/trainer.txt" >"$chosen"
+pins "$requirements/trainer-nodeps.txt" >"$without_dependencies"
+foreign=() # options for packages that declare another Python than this one
+if [ "$pair" = next ]; then
+  foreign=(--ignore-requires-python)
+  grep '^megatron-core==' "$chosen" >>"$without_dependencies" # what it needs (torch, numpy, packaging) comes with the rest
+  sed -i '/^megatron-core==/d' "$chosen"
+  cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'END'
+"""megatron-core 0.19.2 imports `typing.override`, which Python has from 3.12 on: without it `import megatron.bridge` fails."""
+
+import typing
+
+if not hasattr(typing, "override"):
+    typing.override = lambda method: method
+END
+fi
 echo "installing the trainer's environment into $(basename "$venv") (some minutes the first time) ..."
 # torch first and alone: what follows then finds it in place, and no dependency can choose another build
-install "$(grep '^torch==' "$requirements/trainer.txt")" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-install -r "$requirements/build.txt" -r "$requirements/trainer.txt" -r "$requirements/dev.txt"
-install --no-deps -r "$requirements/trainer-nodeps.txt"
+install "$(grep '^torch==' "$chosen")" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+install -r "$requirements/build.txt" -r "$chosen" -r "$requirements/dev.txt"
+install --no-deps ${foreign[@]+"${foreign[@]}"} -r "$without_dependencies"
 install --no-deps --no-build-isolation --editable "$root"
 (cd / && "$venv/bin/python" -c 'import gtpo_megatron, torch, transformers' && [ -x "$venv/bin/gtpo-megatron" ]) >>"$log" 2>&1 || {
   tail -n 15 "$log" >&2

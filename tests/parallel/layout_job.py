@@ -10,6 +10,7 @@ from gtpo_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, 
 from gtpo_megatron.trajectories.record import Trajectory
 
 VOCABULARY = 300
+LEARNING_RATE = 0.1
 
 
 def sample_batch(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[Trajectory]:
@@ -82,7 +83,7 @@ def run_layout(
     grad_norm, weights = None, None
     if not float64:
         # with a large epsilon the update is smooth in the gradient, as a comparison of weights needs
-        config = OptimizerConfig(lr=0.1, eps=1.0, distributed=distributed_optimizer)
+        config = OptimizerConfig(lr=LEARNING_RATE, eps=1.0, distributed=distributed_optimizer)
         grad_norm = apply_update(build_optimizer(config, policy, steps=10), policy, result.loss).grad_norm
         weights = {name: tensor.numpy().copy() for name, tensor in export_hf_weights(policy)}
     first = world_rank() == 0

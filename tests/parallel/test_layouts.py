@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.config import AlgorithmConfig, GateConfig, ParallelConfig, TrainingConfig
-from tests.parallel.layout_job import run_layout
+from tests.parallel.layout_job import LEARNING_RATE, run_layout
 from tests.parallel.pool import RankPool
 from tests.tiny_models import make_tiny_checkpoint
 
 GTPO = AlgorithmConfig(gate=GateConfig(mode="off"))
 TRAINING = TrainingConfig(steps=1, micro_batch_tokens=96)
+EPSILON = float(np.finfo(np.float32).eps)
 
 LAYOUTS = {
     "tp2": (2, dict(tensor=2), {}),
@@ -52,22 +53,27 @@ def one_process(ranks: RankPool, checkpoint: Path, float64: bool) -> dict[str, A
     return ranks.run(1, run_layout, checkpoint, ParallelConfig(), TRAINING, GTPO, False, float64)[0]
 
 
-@pytest.mark.parametrize("float64", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(
-    layout: str, float64: bool, ranks: RankPool, checkpoint: Callable[[str], Path]
+def test_layout_equals_one_process(layout: str, ranks: RankPool, checkpoint: Callable[[str], Path]) -> None:
+    world, parallel, options = LAYOUTS[layout]
+    compare(ranks, checkpoint("qwen3"), world, parallel, options, float64=False)
+
+
+# a distributed optimizer leaves no whole gradient on a rank, and Megatron has none in float64
+@pytest.mark.parametrize(
+    "layout", [name for name, (_, _, options) in LAYOUTS.items() if "distributed_optimizer" not in options]
+)
+def test_layout_equals_one_process_in_float64(
+    layout: str, ranks: RankPool, checkpoint: Callable[[str], Path]
 ) -> None:
     world, parallel, options = LAYOUTS[layout]
-    if float64 and "distributed_optimizer" in options:
-        pytest.skip(
-            "a distributed optimizer leaves no whole gradient on a rank, and Megatron has none in float64"
-        )
-    compare(ranks, checkpoint("qwen3"), world, parallel, options, float64)
+    compare(ranks, checkpoint("qwen3"), world, parallel, options, float64=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen2_tied"])
 def test_family_on_tp2_pp2(family: str, ranks: RankPool, checkpoint: Callable[[str], Path]) -> None:
-    compare(ranks, checkpoint(family), 4, dict(tensor=2, pipeline=2), {}, float64=False)
+    for float64 in (True, False):
+        compare(ranks, checkpoint(family), 4, dict(tensor=2, pipeline=2), {}, float64)
 
 
 @pytest.mark.parametrize("world, parallel", [(2, dict(expert=2)), (4, dict(expert=2, pipeline=2))])
@@ -93,21 +99,46 @@ def compare(
             np.testing.assert_allclose(result["completions"][key], values, rtol=2e-6, atol=1e-6, err_msg=key)
         if not float64:
             assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
-    for kind in ("gradients", "weights"):
-        if results[0][kind] is not None:
-            assert_same(kind, results[0][kind], expected[kind], float64)
+    exact = one_process(ranks, checkpoint, True)["gradients"]
+    bounds = gradient_bounds(expected["gradients"], exact, float64)
+    if results[0]["gradients"] is not None:
+        assert_same("gradient", results[0]["gradients"], expected["gradients"], bounds)
+    if results[0]["weights"] is not None:  # Adam's first step with eps 1 moves a weight by lr g / (|g| + 1)
+        bounds = {
+            name: LEARNING_RATE * bounds[name] + 2 * EPSILON * np.linalg.norm(value)
+            for name, value in expected["weights"].items()
+        }
+        assert_same("weight", results[0]["weights"], expected["weights"], bounds)
+
+
+def gradient_bounds(
+    values: dict[str, np.ndarray], exact: dict[str, np.ndarray], float64: bool
+) -> dict[str, float]:
+    """How far (norm of the difference) a layout's gradient may be from one process's, by name.
+
+    Float64: 1e-9 of the gradient, for the layouts compute the same. Float32: what the tensor's own arithmetic loses,
+    which is the distance of one process from float64; the layout errs as much in another direction (root 2), and 4
+    covers the spread of two draws. The measured distance knows what a multiple of the gradient's norm does not: where
+    terms cancel. The worst case is a key's bias. Without rotary embedding its gradient would be 0 exactly (softmax
+    ignores what all keys share); with it, the dimensions that turn slowly still cancel, and rounding is that of the terms.
+    """
+    if float64:
+        return {name: 1e-9 * float(np.linalg.norm(value)) for name, value in exact.items()}
+    return {
+        name: 4 * max(float(np.linalg.norm(values[name] - value)), EPSILON * float(np.linalg.norm(value)))
+        for name, value in exact.items()
+    }
 
 
 def assert_same(
-    kind: str, values: dict[str, np.ndarray], expected: dict[str, np.ndarray], float64: bool
+    kind: str, values: dict[str, np.ndarray], expected: dict[str, np.ndarray], bounds: dict[str, float]
 ) -> None:
-    """In float64 every tensor to 1e-9: the layouts compute the same. In float32 all together to 1e-6, and each tensor to
-    4e-6: the rounding of one process alone is 1e-6 of the smaller ones, as its distance from float64 shows."""
+    """Every tensor within its bound, and all together to 1e-6."""
     assert values.keys() == expected.keys()
     square, total = 0.0, 0.0
     for name, value in values.items():
         difference = np.linalg.norm(value.astype(np.float64) - expected[name])
-        norm = np.linalg.norm(expected[name].astype(np.float64))
-        assert difference <= (1e-9 if float64 else 4e-6) * norm, f"{kind} {name}: {difference / norm:.2e}"
-        square, total = square + difference**2, total + norm**2
+        assert difference <= bounds[name], f"{kind} {name}: {difference:.2e} > {bounds[name]:.2e}"
+        square += difference**2
+        total += np.linalg.norm(expected[name].astype(np.float64)) ** 2
     assert square <= (1e-6) ** 2 * total

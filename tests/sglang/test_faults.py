@@ -84,6 +84,7 @@ def test_requests_of_a_server_that_fails_are_answered_by_the_other(
     Sampling(engine, groups=3, tokens=12).finish(model)
 
 
+@pytest.mark.soak
 def test_a_network_cut_of_30_s_is_survived_and_the_server_taken_back(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_network_cut_of_30_s_is_survived_and_the_server_taken_back(
     engine.verify_weights(weights_of(model))
 
 
+@pytest.mark.soak
 def test_a_network_cut_of_30_s_to_all_servers_is_waited_out(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_network_cut_of_30_s_to_all_servers_is_waited_out(
     assert "/generate" in proxy.seen
 
 
+@pytest.mark.soak
 def test_a_stopped_server_is_left_and_taken_back(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_server_that_fails_while_it_is_asked_is_asked_again(
 
 
 @pytest.mark.parametrize("hanging", ["/pause_generation", "/"])
+@pytest.mark.soak
 def test_a_server_that_hangs_in_an_update_is_left_out(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy, hanging: str
 ) -> None:
@@ -237,6 +241,7 @@ def test_a_server_that_fails_whenever_it_is_asked_stops_the_run(
     engine.verify_weights(weights_of(model))
 
 
+@pytest.mark.soak
 def test_without_any_server_the_run_waits_and_then_stops_with_a_message(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, proxy: FaultyProxy
 ) -> None:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.sglang
+@pytest.mark.soak
 def test_a_killed_server_is_restarted_and_all_end_with_the_trainer(
     sglang_python: str, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.sglang
+@pytest.mark.soak
 def test_nothing_is_lost_when_servers_router_and_trainer_are_killed(sglang_python: str) -> None:
     done = subprocess.run(
         [sys.executable, "tools/soak.py", "--faults", "4", "--seed", "16", "--staleness", "1"],
