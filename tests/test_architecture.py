@@ -39,7 +39,7 @@ ALLOWED = {
         "run.progress",
         "trajectories",
     },
-    "analysis": BASE | READERS,
+    "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "commands": BASE | {"analysis", "evaluation", "machine", "plan", "policy", "run", "train"},
     "__main__": {"commands"},
