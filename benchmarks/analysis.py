@@ -1,6 +1,6 @@
 """How long `gtpo-megatron analyse` takes, and how much memory, on a made-up run of 100,000 completions of 1,000 tokens.
 
-    python -m benchmarks.analysis --output benchmarks/results/analysis.json
+    python benchmarks/analysis.py --output benchmarks/results/analysis.json
 
 The run is written first (not timed), then analysed by the command in a process of its own, without and with the page.
 """
