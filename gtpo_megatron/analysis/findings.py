@@ -68,7 +68,10 @@ class Findings:
         return {"entropy": mean, "gate_pass": float(gate.mean())}
 
     def figures(self, vocabulary: Vocabulary) -> Figures:
-        """Everything, as `--json` prints it; null where the dump does not say."""
+        """Everything, as `--json` prints it; null where the dump does not say, and for what is not finite."""
+        return _plain(self._figures(vocabulary))
+
+    def _figures(self, vocabulary: Vocabulary) -> Figures:
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         total = {name: sum(step[name] for step in self.steps) for name in _COUNTS}
         advantages = columns.get("advantage", np.zeros(0))
@@ -76,9 +79,9 @@ class Findings:
         return {
             "format": self.dump.format,
             "files": len(self.dump.paths),
-            "steps": len(self.steps),
+            "steps": len({step["step"] for step in self.steps}),
             **total,
-            "lacks": list(self.dump.lacks),
+            "lacks": [*self.dump.lacks, *(() if vocabulary.known else (_NO_TOKENIZER,))],
             "conflict": {
                 "protected_share": total["protected_tokens"] / tokens,
                 "amplified_share": total["amplified_tokens"] / tokens,
@@ -147,6 +150,7 @@ class Findings:
         }
 
 
+_NO_TOKENIZER = "a tokenizer: tokens are shown by their numbers; --tokenizer DIR gives them text"
 _COUNTS = ("completions", "groups", "tokens", "protected_tokens", "amplified_tokens", "groups_without_signal")
 
 
@@ -245,6 +249,15 @@ def _shares(columns: Mapping[str, NDArray]) -> Figures:
 
 def _sums(values: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.diff(np.concatenate([[0.0], np.cumsum(values)])[offsets])
+
+
+def _plain(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON has no spelling for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: NDArray | None) -> float | None:

@@ -78,6 +78,15 @@ def test_repetition_and_diversity() -> None:
     )
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = dumps.open_instruct(tmp_path) / "run_rollouts_000000.jsonl"
+    path.write_text(path.read_text().replace("-0.5, -0.5, -0.5, -0.5, -0.5", "-0.5, NaN, -0.5, -0.5, -0.5"))
+    figures = analyse([path], html=tmp_path / "page.html")
+    assert figures["grpo_gradient"]["logit_share"] is None
+    assert json.dumps(figures, allow_nan=False)
+    assert any("tokenizer" in lack for lack in figures["lacks"])
+
+
 def test_slime_needs_trust(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--trust"):
         analyse([dumps.slime(tmp_path)])
