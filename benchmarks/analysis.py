@@ -2,13 +2,16 @@
 
     python benchmarks/analysis.py --output benchmarks/results/analysis.json
 
-The run is written first (not timed), then analysed by the command in a process of its own, without and with the page.
+The run is written first (not timed), then analysed by the command in a process of its own, without and with the page. Where
+Chromium is installed, it takes a picture of the page, and of an empty one: the difference is what the page costs to open.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,12 +19,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common.machine import describe_machine
 
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 GROUP = 8
 VOCABULARY = 150_000
+BROWSER_REPEATS = 5
 
 
 def main() -> None:
@@ -36,11 +41,13 @@ def main() -> None:
         run, page = Path(folder) / "run", Path(folder) / "page.html"
         write_run(run, arguments.completions // arguments.steps, arguments.tokens, arguments.steps)
         result = {
+            "machine": describe_machine() | {"load": os.getloadavg()[0]},
             "completions": arguments.completions,
             "tokens_each": arguments.tokens,
-            "cpus": len(os.sched_getaffinity(0)),
             "without_page": measure([str(run)]),
-            "with_page": measure([str(run), "--html", str(page)]) | {"page_mib": page.stat().st_size / 2**20},
+            "with_page": measure([str(run), "--html", str(page)]),
+            "page_mib": round(page.stat().st_size / 2**20, 1),
+            "browser": open_page(page, Path(folder)),
         }
     text = json.dumps(result, indent=2)
     print(text)
@@ -88,6 +95,30 @@ def measure(arguments: list[str]) -> dict[str, float]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gib": round(peak, 2)}
+
+
+def open_page(page: Path, folder: Path) -> dict[str, float] | None:
+    """Seconds from the start of a browser to the picture of the page, and of an empty page: medians. None without Chromium."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return None
+    empty = folder / "empty.html"
+    empty.write_text("<!doctype html><title>empty</title>", encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    )
+    flags += f"--disable-component-update --disable-sync --virtual-time-budget=1000 --user-data-dir={folder / 'profile'}"
+    seconds: dict[Path, list[float]] = {page: [], empty: []}
+    for _ in range(BROWSER_REPEATS):
+        for shown, times in seconds.items():
+            start = time.perf_counter()
+            command = [chromium, *flags.split(), f"--screenshot={folder / 'shown.png'}", shown.as_uri()]
+            subprocess.run(command, check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+    return {
+        "seconds": round(statistics.median(seconds[page]), 2),
+        "seconds_empty_page": round(statistics.median(seconds[empty]), 2),
+    }
 
 
 if __name__ == "__main__":
