@@ -43,7 +43,7 @@ ALLOWED = {
         "run.directory",
         "trajectories",
     },
-    "analysis": BASE | READERS,
+    "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "commands": BASE
     | {"analysis", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from gtpo_megatron import __version__
+from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
+from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.convert import convert_app
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 
 app.add_typer(convert_app, name="convert")
+app.command(epilog=ANALYSE_EPILOG)(analyse)
 
 YAML_SUFFIXES = (".yaml", ".yml")
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
