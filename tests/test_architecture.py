@@ -19,6 +19,7 @@ ALLOWED = {
     "config": {"errors"},
     "control": {"errors"},
     "machine": BASE,
+    "cluster": BASE | {"run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
@@ -46,7 +47,7 @@ ALLOWED = {
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "commands": BASE
-    | {"analysis", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},
+    | {"analysis", "cluster", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},
     "__main__": {"commands"},
     "__init__": set(),
 }
@@ -134,6 +135,15 @@ def test_only_rollout_sglang_speaks_http() -> None:
 def test_train_is_the_algorithm_alone() -> None:
     libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
     assert libraries.isdisjoint({"megatron", "torch", "transformers", "aiohttp"})
+
+
+def test_the_cluster_is_seen_without_torch() -> None:
+    """Login nodes have none, and a command there answers at once."""
+    for source in SOURCES:
+        if room(source) == "cluster":
+            assert {name.partition(".")[0] for name in imports(source)}.isdisjoint(
+                {"torch", "transformers"}
+            ), source
 
 
 def test_one_module_knows_cuda() -> None:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from gtpo_megatron import __version__
+from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.convert import convert_app
@@ -209,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             0, os.getcwd()
         )  # a recipe's own functions import alike from the script and from `python -m`
     try:
+        join_step(os.environ)
         app(args=arguments)
     except UserError as error:
         if os.environ.get("GTPO_TRACEBACK") == "1":
