@@ -7,6 +7,7 @@
 #   KILLS=...        how often `make chaos` kills
 #   FAULTS=...       how many faults `make soak` injects
 #   SEED=...         what `make fuzz` tries
+#   MUTANTS=...      changes of each file that `make mutants` tries; 0: all
 #   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME PAIR
@@ -23,9 +24,10 @@ PYTEST := -m pytest -q --durations=25
 KILLS ?= 20
 FAULTS ?= 40
 SEED ?= 0
+MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos soak fuzz sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang test lint format bench chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -80,6 +82,9 @@ chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments,
 soak: sglang ## kill and stop SGLang servers, router and trainer of a run 40 times (FAULTS=...); check that nothing is lost
 	@$(BIN)/python tools/soak.py --faults $(FAULTS)
 	@$(BIN)/python tools/soak.py --faults $(FAULTS) --staleness 1
+
+mutants: .venv ## change the code in small ways and count the changes that its tests miss (MUTANTS=12 a file; 0: all)
+	@$(BIN)/python tools/mutants.py --mutants $(MUTANTS) --output docs/results/mutants.md
 
 fuzz: .venv ## try hostile completions, rows and configurations (SEED=...); list what is not treated as it should be
 	@$(BIN)/python tools/fuzz.py --seed $(SEED)

@@ -30,7 +30,7 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 # a file or folder of the package -> the tests that are to notice, fastest first
 TESTS: dict[str, tuple[str, ...]] = {
-    "algorithm": ("tests/algorithm",),
+    "algorithm": ("tests/algorithm", "tests/policy/test_head_reference_entropy.py"),
     "trajectories": ("tests/trajectories",),
     "policy/head/function.py": ("tests/policy/test_head.py",),
     "policy/head/tiles.py": ("tests/policy/test_head.py",),
@@ -50,7 +50,11 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 NAMES = {"min": "max", "max": "min", "amax": "amin", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any",
          "sum": "mean", "mean": "sum", "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
 # "path: change" of survivors that no test can tell from the original, and why
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "algorithm/baselines.py: `0.0` to `1.0`": "what replaces an uncounted log-probability is multiplied by weight 0",
+    "algorithm/conflicts.py: `BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`": "a wider block: speed alone",
+    "algorithm/conflicts.py: `2` to `3`": "how fast the blocks widen: speed alone",
+}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,25 @@ def test_a_reward_equal_to_the_mean_but_for_rounding_stands_on_no_side(
     assert result.sign().tolist() == [-1, 0, 1, 0][: len(rewards)]
 
 
+def test_std_advantages_of_larger_groups_divide_by_n_minus_one() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0, 5.0, 3.0, 3.5, 7.0], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    result = algorithm.group_advantages(rewards, groups, "std")
+    expected = [(r - g.mean()) / (g.std(correction=1) + 1e-4) for g in rewards.split([4, 3]) for r in g]
+    assert result.tolist() == pytest.approx([float(value) for value in expected], rel=1e-12)
+
+
+def test_small_rewards_are_no_rounding() -> None:
+    result = algorithm.group_advantages(torch.tensor([1e-9, 3e-9], dtype=torch.float64), torch.tensor([0, 0]))
+    assert result.tolist() == pytest.approx([-1e-9, 1e-9], rel=1e-6)
+
+
+def test_a_completion_without_advantage_keeps_weight_one_whatever_its_runs() -> None:
+    one = torch.tensor([1])
+    weights = algorithm.token_weights(one, one, torch.tensor([3]), torch.zeros(1), 3)
+    assert weights.tolist() == [[1.0, 1.0, 1.0]]
+
+
 def test_integer_rewards_give_floats() -> None:
     result = algorithm.group_advantages(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 0]))
     torch.testing.assert_close(result, torch.tensor([-2 / 3, 1 / 3, 1 / 3]))

@@ -98,3 +98,27 @@ def test_importance_weights_of_a_long_divergent_sequence_are_capped_not_infinite
     trainer, sampler = torch.zeros(1, 1000), torch.full((1, 1000), -5.0)
     result = importance_weights(trainer, sampler, torch.tensor([1000]), level="sequence", cap=2.0)
     assert (result.weights == 2.0).all()
+
+
+def test_the_clipping_range_is_a_fifth_by_default_and_a_single_token_is_the_whole_share() -> None:
+    one, length = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    for ratio, advantage, clipped in ((1.19, 1.0, 0), (1.21, 1.0, 1), (0.81, -1.0, 0), (0.79, -1.0, 1)):
+        new = torch.tensor([[math.log(ratio)]], dtype=torch.float64)
+        advantages = torch.tensor([advantage], dtype=torch.float64)
+        _, diagnostics = grpo_loss(new, one, advantages, length, 1, old_logprobs=torch.zeros_like(new))
+        assert diagnostics.clip_fraction.item() == clipped
+
+
+def test_the_mean_kl_of_a_single_token_is_its_own() -> None:
+    one, length = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    new = torch.zeros(1, 1, dtype=torch.float64)
+    _, diagnostics = grpo_loss(new, one, new[0], length, 1, ref_logprobs=new + 0.5, beta=0.1)
+    assert diagnostics.mean_kl.item() == pytest.approx(math.exp(0.5) - 1.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_ratio_at_the_cap_is_not_cut(level: str) -> None:
+    same = torch.zeros(2, 3)
+    result = importance_weights(same, same, torch.tensor([3, 1]), level=level, cap=1.0)
+    assert result.truncated_share.item() == 0
+    assert result.weights.tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]

@@ -110,7 +110,9 @@ def test_page_that_cannot_be_written(tmp_path: Path) -> None:
         analyse([dumps.ours(tmp_path / "run")], html=tmp_path / "nowhere" / "page.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page's program is not run, only read")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here (tools/setup_browser.sh): the page's program is only read"
+)
 @pytest.mark.parametrize("width", [360, 1280])
 def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     page = page_of(tmp_path)
