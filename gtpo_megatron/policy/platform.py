@@ -263,11 +263,14 @@ def _stand_in(name: str) -> MagicMock:
 
 
 def init_process_group() -> None:
-    """Join torchrun's world, or make a world of one, with its control group. On CUDA each rank takes its LOCAL_RANK's GPU."""
+    """Join the launcher's world, or make a world of one, with its control group. On CUDA each rank takes its LOCAL_RANK's
+    GPU, or the only one that Slurm lets it see (--gpus-per-task=1).
+    """
     if dist.is_initialized():
         return
     if HAS_CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        bound = torch.cuda.device_count() == 1
+        torch.cuda.set_device(0 if bound else int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
     else:

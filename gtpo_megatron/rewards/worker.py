@@ -12,6 +12,10 @@ from typing import Any
 from gtpo_megatron.rewards.terms import Term, load_term
 
 Reply = tuple[str, Any]
+STOP_SIGNALS = (
+    signal.SIGUSR1,
+    signal.SIGTERM,
+)  # Slurm sends them to every process of a step, not to its ranks alone
 
 
 def main(fd: int) -> None:
@@ -20,6 +24,8 @@ def main(fd: int) -> None:
     Args:
         fd: of a `multiprocessing` connection to the parent. Standard input is a pipe that ends when the parent dies.
     """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave_to_parent)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     connection = Connection(fd)
     terms: dict[str, Term] = {}
@@ -56,6 +62,10 @@ def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"[:500]
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+
+
+def _leave_to_parent(number: int, _: Any) -> None:
+    """The parent finishes its step first, and ends this process. A handler, for a verifier's children would inherit SIG_IGN."""
 
 
 def _die_with_parent() -> None:

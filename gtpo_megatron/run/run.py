@@ -113,7 +113,9 @@ class Run:
         keep_config(self.config)
 
     def _give_free(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, UserError):
+        if isinstance(error, SystemExit):  # asked to stop before the first step: see cluster.ranks
+            error, exit_code = None, STOPPED
+        elif isinstance(error, UserError):
             exit_code = MISTAKE
         elif error is not None:
             exit_code = FAILED

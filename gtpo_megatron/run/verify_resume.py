@@ -129,7 +129,12 @@ class Training:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
+                # neither torchrun's world, nor that of a Slurm step
+                env={
+                    key: value
+                    for key, value in os.environ.items()
+                    if key not in ("RANK", "WORLD_SIZE") and not key.startswith("SLURM_STEP")
+                },
             )
 
     @property

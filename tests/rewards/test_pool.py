@@ -1,7 +1,9 @@
 """The scoring processes: order, bounds, and every way in which a verifier can fail."""
 
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -161,6 +163,18 @@ def test_a_function_that_does_not_import_is_an_error_at_once(path: str, message:
 def test_names_must_be_distinct_and_not_reserved(names: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"'{names[0]}' is taken"):
         RewardPool(RewardConfig(terms=tuple(RewardTerm(kind="format", name=name) for name in names)))
+
+
+def test_signals_to_a_whole_job_step_do_not_end_the_workers() -> None:
+    before = child_pids()
+    with RewardPool(RewardConfig(terms=(user_term("half", name="half"),), workers=1)) as pool:
+        workers = child_pids() - before
+        assert workers
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            for pid in workers:
+                os.kill(pid, number)
+        assert [score.error for score in pool.submit([("ab", "", "")] * 2).result()] == [None, None]
+        assert child_pids() - before == workers
 
 
 def test_close_ends_the_workers_even_while_one_hangs() -> None:

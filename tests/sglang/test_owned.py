@@ -81,6 +81,12 @@ def test_the_watchdog_ends_the_whole_tree_with_its_owner(tmp_path: Path) -> None
     while len(family := psutil.Process(process.pid).children(recursive=True)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    for (
+        member
+    ) in family:  # as Slurm does, which asks all processes of a step to stop: the owner says what ends
+        member.send_signal(signal.SIGUSR1)
+    ended, _ = psutil.wait_procs(family, timeout=0.5)
+    assert ended == []
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=20)

@@ -45,6 +45,8 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Slurm asks every process of a step to stop, where the owner alone is meant; the command inherits this
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     child = subprocess.Popen(command, preexec_fn=_die_with_watchdog)
     while child.poll() is None:
         if ended or os.getppid() != owner:
