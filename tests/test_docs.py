@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import typer
 
-from gtpo_megatron.commands.cli import YAML_SUFFIXES, app
-from gtpo_megatron.config.loading import known_keys, load_config
+from gtpo_megatron.commands.cli import app
+from gtpo_megatron.config.loading import YAML_SUFFIXES, known_keys, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,6 +17,10 @@ from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.convert import convert_app
+from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
+from gtpo_megatron.commands.status import status
+from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
+from gtpo_megatron.commands.submit import submit
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
@@ -35,8 +39,9 @@ app = typer.Typer(
 
 app.add_typer(convert_app, name="convert")
 app.command(epilog=ANALYSE_EPILOG)(analyse)
+app.command(epilog=STATUS_EPILOG)(status)
+app.command(epilog=SUBMIT_EPILOG)(submit)
 
-YAML_SUFFIXES = (".yaml", ".yml")
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
 
 
@@ -232,11 +237,9 @@ def _say(error: UserError) -> None:
 
 
 def _load(recipe: Path, settings: Sequence[str] | None) -> RunConfig:
-    from gtpo_megatron.config.loading import load_config
+    from gtpo_megatron.config.loading import load_recipe
 
-    settings = list(settings or [])
-    overlays = [s for s in settings if "=" not in s and s.endswith(YAML_SUFFIXES)]
-    return load_config([recipe, *overlays], [s for s in settings if s not in overlays])
+    return load_recipe(recipe, settings or [])
 
 
 def _dry_run(config: RunConfig, world_size: int | None) -> None:

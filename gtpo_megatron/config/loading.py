@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
+M = TypeVar("M", bound=BaseModel)
+YAML_SUFFIXES = (".yaml", ".yml")
 Origins = dict[str, str]  # dotted key -> where it was last set: "recipe.yaml:12" or "override 'a.b=1'"
 
 
@@ -55,6 +57,21 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
         raise UserError(_report(error, origins, str(paths[0]))) from error
 
 
+def load_recipe(recipe: str | Path, settings: Sequence[str] = ()) -> RunConfig:
+    """`load_config` of a recipe with overlay files and overrides in any order, as a command line has them."""
+    overlays = [s for s in settings if "=" not in s and s.endswith(YAML_SUFFIXES)]
+    return load_config([recipe, *overlays], [s for s in settings if s not in overlays])
+
+
+def load_file(path: str | Path, model: type[M]) -> M:
+    """One YAML file that is no recipe, as `model`. Raises UserError as `load_config` does."""
+    layer = _read_file(Path(path))
+    try:
+        return model.model_validate(OmegaConf.to_container(layer.values))
+    except ValidationError as error:
+        raise UserError(_report(error, layer.origins, str(path), model)) from error
+
+
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -86,7 +103,7 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
             yield from known_keys(section, f"{prefix}{name}{'[]' if is_list else ''}.")
 
 
-def nearest_key(key: str) -> str | None:
+def nearest_key(key: str, model: type[BaseModel] = RunConfig) -> str | None:
     """The known dotted key most like an unknown one, or None if none is near. Siblings win over strangers."""
     parent, _, leaf = _generic(key).rpartition(".")
 
@@ -96,7 +113,7 @@ def nearest_key(key: str) -> str | None:
         parent_ratio = SequenceMatcher(None, parent, candidate_parent).ratio()
         return leaf_ratio, leaf_ratio + 0.3 * parent_ratio
 
-    ranked = sorted(((likeness(k), k) for k in known_keys()), key=lambda item: -item[0][1])
+    ranked = sorted(((likeness(k), k) for k in known_keys(model)), key=lambda item: -item[0][1])
     return next((k for (leaf_ratio, _), k in ranked if leaf_ratio >= 0.6), None)
 
 
@@ -210,8 +227,8 @@ def _innermost(merged: DictConfig, dotted: str) -> Any:
     return node
 
 
-def _report(error: ValidationError, origins: Origins, recipe: str) -> str:
-    lines = [_line(detail, origins, recipe) for detail in error.errors(include_url=False)]
+def _report(error: ValidationError, origins: Origins, recipe: str, model: type[BaseModel] = RunConfig) -> str:
+    lines = [_line(detail, origins, recipe, model) for detail in error.errors(include_url=False)]
     return (
         "\n".join(lines)
         if len(lines) == 1
@@ -219,15 +236,15 @@ def _report(error: ValidationError, origins: Origins, recipe: str) -> str:
     )
 
 
-def _line(detail: dict[str, Any], origins: Origins, recipe: str) -> str:
+def _line(detail: dict[str, Any], origins: Origins, recipe: str, model: type[BaseModel]) -> str:
     key = ".".join(map(str, detail["loc"]))
     place = _place(key, origins) or f"{recipe}: "
     if detail["type"] == "missing":
         return f"{place}{_shown(key)} is missing; it has no default"
     value = _short(detail["input"])
     if detail["type"] == "extra_forbidden":
-        near = nearest_key(key)
-        hint = f"did you mean {near}?" if near else f"known here: {', '.join(_siblings(key))}"
+        near = nearest_key(key, model)
+        hint = f"did you mean {near}?" if near else f"known here: {', '.join(_siblings(key, model))}"
         return f"{place}{_shown(key)}: unknown key (value {value}); {hint}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":  # a rule over several keys: it names them itself
@@ -237,9 +254,9 @@ def _line(detail: dict[str, Any], origins: Origins, recipe: str) -> str:
     return f"{place}{_shown(key)}: {value}: {message[0].lower()}{message[1:]}"
 
 
-def _siblings(key: str) -> list[str]:
+def _siblings(key: str, model: type[BaseModel]) -> list[str]:
     parent = _generic(key).rpartition(".")[0]
-    return [k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == parent]
+    return [k.rpartition(".")[2] for k in known_keys(model) if k.rpartition(".")[0] == parent]
 
 
 def _place(key: str, origins: Origins) -> str:

@@ -1,0 +1,96 @@
+"""`gtpo-megatron submit`: arguments and printing."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from gtpo_megatron.cluster.submission import Job
+
+EPILOG = (
+    "Examples:\n\n"
+    "gtpo-megatron submit RECIPE.yaml --site pyxis --nodes 16 training.steps=500\n\n"
+    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run"
+)
+
+
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file", metavar="RECIPE.yaml", show_default=False)],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Overlay files and overrides, as for train",
+            metavar="OVERLAY.yaml|KEY=VALUE",
+            show_default=False,
+        ),
+    ] = None,
+    site: Annotated[
+        str, typer.Option(help="Facts of the cluster: a file, or a name in slurm/sites.", show_default=False)
+    ] = ...,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.", show_default=False)] = ...,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a node. Default: the site's.", show_default=False)
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit of a job. Default: the site's.", show_default=False)
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Attempts without a new step before the job gives up.")
+    ] = 3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write and check the files; submit nothing.")
+    ] = False,
+) -> None:
+    """Train on a Slurm cluster: writes the job's files into the run's directory, checks them, and submits.
+
+    Paths in the recipe are as seen from the folder where you are.
+    """
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.cluster.site import load_site
+    from gtpo_megatron.config.loading import load_recipe, to_yaml
+    from gtpo_megatron.run.identity import check_directory
+
+    facts = load_site(site)
+    config = load_recipe(recipe, settings or [])
+    gpus = facts.gpus_per_node if gpus_per_node is None else gpus_per_node
+    in_container = facts.container.kind != "none"
+    job = submission.Job(
+        name=config.name,
+        run=Path(os.path.abspath(config.path)),
+        folder=Path.cwd(),
+        nodes=nodes,
+        ranks_per_node=gpus_per_node or facts.ranks_per_node or gpus,
+        gpus_per_node=gpus if facts.gpus_per_node else 0,
+        time=time or facts.time,
+        retries=retries,
+        python=facts.python or ("python3" if in_container else sys.executable),
+    )
+    check_allocation(config, job, facts.compute_capability)
+    check_directory(config)
+    folder = submission.write(job, facts, to_yaml(config))
+    typer.echo(f"{job.nodes} nodes x {job.ranks_per_node} ranks: {folder / submission.SCRIPT}")
+    if dry_run:
+        typer.echo(shlex.join(submission.command(folder)))
+        return
+    typer.echo(f"job {submission.submit(folder)}; where it is: gtpo-megatron status {config.path}")
+
+
+def check_allocation(config: RunConfig, job: "Job", capability: float) -> None:
+    """The recipe against its checkpoint and the nodes that it is to get, which this machine need not be like."""
+    from gtpo_megatron.machine.probe import Machine
+    from gtpo_megatron.plan.checks import check_run
+
+    gpu = bool(job.gpus_per_node)
+    major, minor = str(capability).split(".")
+    machine = Machine((int(major), int(minor)) if gpu else None, gpu, job.gpus_per_node, job.ranks_per_node)
+    try:
+        check_run(config, job.ranks, machine)
+    except UserError as error:
+        raise UserError(f"for {job.nodes} nodes x {job.ranks_per_node} ranks: {error}") from None

@@ -1,0 +1,92 @@
+"""One virtual cluster for all tests here, and small runs for it."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.slurm.virtual import CannotRun, VirtualSlurm, install
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
+    """Four nodes that are up. Where that is impossible the tests are skipped, or fail where CI=true."""
+    try:
+        install()
+        slurm = VirtualSlurm(tmp_path_factory.mktemp("slurm"))
+        slurm.__enter__()
+    except CannotRun as reason:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no virtual Slurm, which is a failure where CI=true: {reason}")
+        pytest.skip(str(reason))
+    try:
+        yield slurm
+    finally:
+        slurm.__exit__()
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Of a user on the login node, whose jobs take it over: this project's code, and nothing of an outer launcher."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
+    """A small GTPO run, two ranks at tensor 2; its paths are absolute."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"question": "{n} + {n}?", "answer": "{2 * n}"}}\n' for n in range(16)))
+    values: dict[str, Any] = {
+        "name": "small",
+        "dir": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_checkpoint("llama")), "dtype": "fp32"},
+        "data": {"path": str(prompts), "system_prompt": "", "max_prompt_tokens": 120},
+        "parallel": {"tensor": 2},
+        "training": {"steps": 12, "micro_batch_tokens": 256},
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+        "rewards": {
+            "workers": 1,
+            "terms": [
+                {
+                    "kind": "python",
+                    "name": "characters",
+                    "function": "tests.training_rewards:different_characters",
+                }
+            ],
+        },
+        "checkpoint": {"export_hf": False},
+        "logging": {"tensorboard": False, "progress": "off"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The virtual cluster's facts: nodes without GPUs, two ranks fit on one, gloo on eth0."""
+    facts = {
+        "partition": "batch",
+        "time": "00:30:00",
+        "gpus_per_node": 0,
+        "ranks_per_node": 1,
+        "sbatch": ["--mem=1000"],
+        "python": sys.executable,
+        "interface": "eth0",
+    }
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(facts))
+    return path
