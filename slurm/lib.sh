@@ -78,12 +78,12 @@ end_attempt() {
     2) end_job 2 "mistake: $(message_of_ranks) Mend it and submit again; this job is not requeued" ;;
     term) end_job 3 "asked by Slurm to end at step $step (scancel, preemption or time limit); after a preemption Slurm" \
       "requeues the job itself, otherwise submit again to go on" ;;
-    3) if [ "$stuck" -ge "$1" ]; then
+    3) if [ "$stuck" -gt "$1" ]; then
          end_job 1 "stopped $stuck times without a new step after step $step; not requeued: is the time limit too short?"
        fi
        requeue "stopped after step $step" ;;
     *) show_end_of_log
-       if [ "$stuck" -ge "$1" ]; then
+       if [ "$stuck" -gt "$1" ]; then
          end_job 1 "failed $stuck times without a new step after step $step, not requeued: $(why)"
        fi
        requeue "failed at step $step: $(why)" ;;

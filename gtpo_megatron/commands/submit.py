@@ -42,7 +42,7 @@ def submit(
         str | None, typer.Option(help="Time limit of a job. Default: the site's.", show_default=False)
     ] = None,
     retries: Annotated[
-        int, typer.Option(min=0, help="Attempts without a new step before the job gives up.")
+        int, typer.Option(min=0, help="Times that the job is requeued without a new step.")
     ] = 3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write and check the files; submit nothing.")

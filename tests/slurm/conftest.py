@@ -63,7 +63,8 @@ def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
                 {
                     "kind": "python",
                     "name": "characters",
-                    "function": "tests.training_rewards:different_characters",
+                    "function": "tests.training_rewards:different_characters_when_let_go",
+                    "options": {"hold": str(tmp_path / "hold")},
                 }
             ],
         },

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,13 @@ TRAIN = (sys.executable, "-m", "gtpo_megatron")
 @pytest.fixture
 def submit(
     cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
-) -> Callable[..., tuple[str, Path]]:
-    """Submit the recipe by the command line, on two nodes: the job's number and the run's directory."""
+) -> Callable[..., str]:
+    """Submit the recipe by the command line, on two nodes, under a name: the job's number."""
 
-    def call(name: str, *words: str) -> tuple[str, Path]:
+    def call(name: str, *words: str) -> str:
         command = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", f"name={name}", *words)
         cluster.run(*command, environment=environment)
-        run = recipe.parent / "runs" / name
-        return (run / "submissions" / "1" / "job_id").read_text().strip(), run
+        return (recipe.parent / "runs" / name / "submissions" / "1" / "job_id").read_text().strip()
 
     return call
 
@@ -45,10 +45,6 @@ def steps(run: Path) -> list[int]:
     return [row["step"] for row in read_metrics(path)] if path.exists() else []
 
 
-def last_line(run: Path, job_id: str) -> str:
-    return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
-
-
 def ended(run: Path) -> list[list[str]]:
     return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
 
@@ -62,32 +58,48 @@ def figures(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_stopped_run_is_requeued_and_ends_as_one_that_was_not(
-    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., tuple[str, Path]]
-) -> None:
-    job_id, run = submit("stopped")
-    wait_until(lambda: len(steps(run)) >= 3, "three steps")
-    shown = json.loads(cluster.run(*TRAIN, "status", run, "--json", environment=environment).stdout)
-    assert (shown["state"], shown["status"]["job_id"]) == ("running", job_id)
-    assert [(job["job_id"], job["state"], job["nodes"]) for job in shown["jobs"]] == [
-        (job_id, "RUNNING", "node[1-2]")
-    ]
-    cluster.run("scancel", "--signal=USR1", job_id)
-    job = cluster.wait_for_job(job_id)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
-    (first, second) = ended(run)
-    assert (first[0], first[1], first[3]) == ("1", job_id, "3")
-    assert 3 <= int(first[2]) < 12  # it stopped under way
-    assert second == ["2", job_id, "12", "0"]
-    assert last_line(run, job_id).endswith("END complete at step 12")
-    assert read_status(run).exit_code == COMPLETE
-    assert {path.name for path in (run / "attempts" / "latest").iterdir()} == {
-        "srun.log",
-        "rank-0.log",
-        "rank-1.log",
-    }
+def hold(run: Path, step: int) -> None:
+    """Let the run wait after this step."""
+    partial = run.parent / "hold.partial"
+    partial.write_text(f"{run / 'metrics.jsonl'} {step}")
+    partial.replace(run.parents[1] / "hold")
 
-    # the same ranks on the same nodes without an interruption, by a plain srun: one world of two, and no launcher else
+
+def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 3)
+    job_id = submit("small")
+    wait_until(lambda: len(steps(run)) == 3, "three steps")
+    shown = json.loads(cluster.run(*TRAIN, "status", run, "--json", environment=environment).stdout)
+    assert (shown["state"], shown["status"]["job_id"], shown["steps_at_risk"]) == ("running", job_id, 3)
+    jobs = [(job["job_id"], job["state"], job["nodes"]) for job in shown["jobs"]]
+    assert jobs == [(job_id, "RUNNING", "node[1-2]")]
+
+    cluster.run("scancel", "--signal=USR1", job_id)
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    hold(run, 7)
+    wait_until(lambda: steps(run)[-1] == 7, "seven steps")
+    assert ended(run) == [["1", job_id, "4", "3"]]  # the step under way was finished, and no other begun
+    assert cluster.job(job_id)["Restarts"] == "1"
+
+    rank = cluster.run("pgrep", "-f", "gtpo_megatron train", node="node2").stdout.split()[-1]
+    cluster.run("kill", "-KILL", rank, node="node2")
+    (run.parents[1] / "hold").unlink()
+    job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2")
+    assert [how for *_, how in ended(run)] == ["3", "137", "0"]
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert "END stopped after step 4; requeued" in log
+    assert "END failed at step 7: node2: task 1: Killed" in log
+    assert log.splitlines()[-1].endswith("END complete at step 12")
+    logs = {path.name for path in (run / "attempts" / "latest").iterdir()}
+    assert logs == {"srun.log", "rank-0.log", "rank-1.log"}
+    assert (read_status(run).state, read_status(run).exit_code) == ("complete", COMPLETE)
+
+    # left alone, and by a plain srun: that it is one world of two shows in the logs of its ranks
     plain = recipe.parent / "runs" / "plain"
     srun = ("srun", "--nodes=2", "--ntasks=2", "--mem=1000")
     cluster.run(*srun, *TRAIN, "train", recipe, "name=plain", environment=environment, timeout_s=240)
@@ -97,12 +109,34 @@ def test_a_stopped_run_is_requeued_and_ends_as_one_that_was_not(
 
 
 def test_a_mistake_is_said_in_the_last_line_and_not_requeued(
-    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., tuple[str, Path]]
+    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
-    job_id, run = submit("mistake", "--hold-for-the-test") if False else submit("mistake")
-    (recipe.parent / "prompts.jsonl").unlink()  # after submit has looked
-    job = cluster.wait_for_job(job_id)
+    with tempfile.NamedTemporaryFile(
+        dir="/dev/shm", suffix=".jsonl"
+    ) as here:  # each node has a /dev/shm of its own
+        here.write((recipe.parent / "prompts.jsonl").read_bytes())
+        here.flush()
+        job_id = submit("mistake", f"data.path={here.name}")
+        job = cluster.wait_for_job(job_id)
+    run = recipe.parent / "runs" / "mistake"
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", f"{MISTAKE}:0")
-    assert "END mistake: gtpo-megatron: " in last_line(run, job_id)
-    assert "prompts.jsonl" in last_line(run, job_id)
+    line = (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
+    assert "END mistake: gtpo-megatron: " in line and here.name in line
     assert ended(run) == [["1", job_id, "0", "2"]]
+
+
+def test_a_job_that_never_makes_a_step_is_requeued_no_more_than_it_may(
+    cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
+) -> None:
+    broken = recipe.parent / "python"
+    broken.write_text("#!/bin/sh\necho out of luck\nexit 7\n")
+    broken.chmod(0o755)
+    site.write_text(f"{site.read_text()}\npython: {broken}\n".replace(f"python: {sys.executable}\n", ""))
+    job_id = submit("unlucky", "--retries=1")
+    job = cluster.wait_for_job(job_id)
+    run = recipe.parent / "runs" / "unlucky"
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "1")
+    assert ended(run) == [["1", job_id, "0", "7"], ["2", job_id, "0", "7"]]
+    *_, log, line = (run / f"slurm-{job_id}.log").read_text().splitlines()
+    assert "END failed 2 times without a new step after step 0, not requeued: node" in line
+    assert log == "out of luck"
