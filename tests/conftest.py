@@ -13,7 +13,7 @@ import pytest
 from tests.parallel.pool import RankPool
 
 # What a machine of continuous integration may lack; a skip for any other reason fails there (CI=true).
-MAY_BE_MISSING = ("gpu", "slurm")
+MAY_BE_MISSING = ("gpu",)
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -201,7 +201,7 @@ def layout_problems(parallel: ParallelConfig, shape: HFShape, world_size: int) -
         yield (
             f"the world has {world_size} rank{'s' * (world_size != 1)}, not a multiple of parallel.tensor x pipeline x context "
             f"= {tensor} x {parallel.pipeline} x {parallel.context} = {model}; "
-            f"start with torchrun --nproc-per-node {model} (or a multiple), or lower them"
+            f"start {model} ranks (torchrun --nproc-per-node {model}) or a multiple, or lower them"
         )
     experts = expert_tensor_size(parallel) * parallel.expert * parallel.pipeline
     if parallel.expert > 1 and shape.experts and world_size % experts:

@@ -45,6 +45,7 @@ class Lease:
     )
     started: int  # when the process started, in clock ticks since its host did; 0 if unknown
     job_id: str | None  # Slurm's
+    restarts: int  # how often Slurm had requeued that job when it took the directory
     token: str  # of this ownership alone
     heartbeat: float  # seconds since the epoch
 
@@ -53,7 +54,13 @@ class Lease:
         return f"process {self.pid} on {self.host}{job}, heartbeat {time.time() - self.heartbeat:.0f} s ago"
 
     def alive(self) -> bool:
-        """Whether the owner still runs, as far as can be known from here."""
+        """Whether the owner still runs, as far as can be known from here.
+
+        Slurm starts a job again only when it has ended what it started before, or has lost the node.
+        """
+        same_job = self.job_id is not None and self.job_id == os.environ.get("SLURM_JOB_ID")
+        if same_job and self.restarts < _restarts():
+            return False
         if (self.host, self.namespace) == (socket.gethostname(), _namespace()):
             return _started(self.pid) == self.started
         return time.time() - self.heartbeat < STALE_S
@@ -266,6 +273,7 @@ def _own_lease() -> Lease:
         namespace=_namespace(),
         started=_started(os.getpid()) or 0,
         job_id=os.environ.get("SLURM_JOB_ID"),
+        restarts=_restarts(),
         token=uuid.uuid4().hex,
         heartbeat=time.time(),
     )
@@ -279,6 +287,10 @@ def _started(pid: int) -> int | None:
         return None
     state, *values = stat.rpartition(")")[2].split()  # the name before it may hold anything
     return None if state in "ZX" else int(values[18])
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _namespace() -> str:

@@ -1,9 +1,17 @@
 """Ranks from Slurm's variables, as they were seen on a real Slurm."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from gtpo_megatron.cluster.ranks import PORTS, hosts, join_step, tasks_per_node, world_of_step
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import STOPPED, UserError
+
+ROOT = Path(__file__).parents[2]
 
 # of the second task on the second of two nodes, two tasks each: srun's
 STEP = {
@@ -109,11 +117,19 @@ def test_what_is_taken_stays_when_taken_again() -> None:
 
 
 def test_outside_a_step_nothing_changes() -> None:
-    import signal
-
     environ, before = dict(BATCH), signal.getsignal(signal.SIGUSR1)
     join_step(environ)
     assert environ == BATCH and signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_task_that_is_asked_to_stop_before_it_has_begun_ends_as_stopped(number: int) -> None:
+    code = (
+        "import os, sys; from gtpo_megatron.cluster.ranks import join_step; join_step(os.environ); "
+        "assert os.environ['RANK'] == '3'; os.kill(os.getpid(), int(sys.argv[1])); os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], env=os.environ | STEP, cwd=ROOT)
+    assert done.returncode == STOPPED
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_right_run_passes_and_gives_the_shape(
             "the world has 1 rank, not a multiple of parallel.tensor x pipeline x context = 2 x 1 x 1",
         ),
         ("llama", {"tensor": 2, "pipeline": 2}, 6, "the world has 6 ranks, not a multiple"),
-        ("llama", {"context": 2}, 3, "= 1 x 1 x 2 = 2; start with torchrun --nproc-per-node 2"),
+        ("llama", {"context": 2}, 3, "= 1 x 1 x 2 = 2; start 2 ranks (torchrun --nproc-per-node 2) or"),
     ],
 )
 def test_layout_rules(

@@ -117,6 +117,26 @@ def test_of_many_starts_at_once_one_succeeds(tmp_path: Path, dead_owners: int) -
         assert [file.name for file in path.iterdir()] == ["lease.json"]
 
 
+@pytest.mark.parametrize(
+    "job_id, restarts, alive",
+    [("41", "1", False), ("41", "0", True), ("41", None, True), ("42", "1", True), (None, None, True)],
+)
+def test_a_requeued_job_need_not_wait_for_what_it_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_id: str | None, restarts: str | None, alive: bool
+) -> None:
+    own = directory._own_lease()
+    lost = replace(own, host="node-17", job_id="41", restarts=0, token="lost", heartbeat=time.time())
+    acquire(tmp_path, lost)
+    for name, value in (("SLURM_JOB_ID", job_id), ("SLURM_RESTART_COUNT", restarts)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert lost.alive() == alive
+    if not alive:
+        acquire(tmp_path, own)
+        assert read_lease(tmp_path) == own
+
+
 def test_a_lease_is_given_free_by_its_owner_alone(tmp_path: Path) -> None:
     own = directory._own_lease()
     acquire(tmp_path, own)

@@ -108,6 +108,28 @@ def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
     assert steps(run) == list(range(1, 13))
 
 
+def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
+    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 3)
+    job_id = submit("small", "checkpoint.every=2")
+    wait_until(lambda: len(steps(run)) == 3, "three steps")
+    first = read_status(run).host  # of rank 0, which holds the lease, and of the batch script
+    cluster.cut_power(first)
+    try:
+        (run.parents[1] / "hold").unlink()
+        job = cluster.wait_for_job(job_id)
+    finally:
+        cluster.power_on(first)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    assert read_status(run).host != first
+    assert ended(run) == [["2", job_id, "12", "0"]]  # nobody was left to say how the first attempt ended
+    assert steps(run) == list(range(1, 13))
+    cluster.wait_until_idle()
+
+
 def test_a_mistake_is_said_in_the_last_line_and_not_requeued(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:

@@ -30,8 +30,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "iproute2", "util-linux")
-PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "ip", "unshare", "nsenter")
+PACKAGES = (
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "slurm-wlm-basic-plugins",
+    "iproute2",
+    "util-linux",
+    "shellcheck",
+)
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "ip", "unshare", "nsenter", "shellcheck")
 NETWORK = "198.51.100"  # TEST-NET-2: nobody's addresses
 LOGIN = "login"
 GPUS = 4  # that each node pretends to have
@@ -131,7 +139,7 @@ class VirtualSlurm:
             self._expect("up")
             for node in self.nodes:
                 self.power_on(node)
-            self._wait_until_idle()
+            self.wait_until_idle()
         except BaseException:
             self.__exit__()
             raise
@@ -211,7 +219,8 @@ class VirtualSlurm:
             raise CannotRun(f"the login node of the virtual Slurm did not come up: {line}{log}")
         return rest
 
-    def _wait_until_idle(self, timeout_s: float = 90) -> None:
+    def wait_until_idle(self, timeout_s: float = 90) -> None:
+        """Wait until Slurm has a use for every node."""
         deadline = time.monotonic() + timeout_s
         while True:
             shown = self.run("sinfo", "-h", "-t", "idle", "-o", "%D", check=False)

@@ -1,0 +1,243 @@
+"""Site files, and the exact files that a submission writes; bash is asked what it makes of them."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gtpo_megatron.cluster import submission
+from gtpo_megatron.cluster.record import job_ids, read_attempts
+from gtpo_megatron.cluster.site import SITES, Site, load_site
+from gtpo_megatron.cluster.submission import SCRIPTS, Job, script, write
+from gtpo_megatron.errors import UserError
+
+TEMPLATE = (SCRIPTS / "train.sbatch").read_text()
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: Slurm's own opinion is asked in tests/slurm."""
+    monkeypatch.setattr(submission.shutil, "which", lambda name: None)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(
+        name="trial",
+        run=tmp_path / "runs" / "trial",
+        folder=tmp_path,
+        nodes=4,
+        ranks_per_node=8,
+        gpus_per_node=8,
+        time="04:00:00",
+        retries=2,
+        python="/opt/env/bin/python",
+    )
+
+
+def options_of(text: str) -> list[str]:
+    """What sbatch reads: the lines before the first command."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    return [line.removeprefix("#SBATCH ") for line in lines[:first] if line.startswith("#SBATCH ")]
+
+
+def srun_of(text: str, tmp_path: Path) -> list[str]:
+    """The words of srun, when the script is run with stand-ins for Slurm's programs and for modules."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$WORDS"\nenv >"$WORDS.env"\n')
+    (programs / "srun").chmod(0o755)
+    # a function of the shell, as on clusters
+    text = text.replace("set -uo pipefail", 'set -uo pipefail\nmodule() { echo "$*" >>"$WORDS.modules"; }')
+    (tmp_path / "job.sbatch").write_text(text)
+    environ = {"PATH": f"{programs}:/usr/bin:/bin", "WORDS": str(tmp_path / "words"), "SLURM_JOB_ID": "9"}
+    done = subprocess.run(
+        ["bash", tmp_path / "job.sbatch"], env=environ, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (tmp_path / "words").read_text().splitlines()
+
+
+def a_site(**values: Any) -> Site:
+    return Site.model_validate(values)
+
+
+def test_options_of_the_job_come_after_those_of_the_file(job: Job) -> None:
+    site = a_site(account="a", partition="p", cpus_per_rank=12, stop_before_s=600, sbatch=["--exclusive"])
+    options = options_of(script(job, site, job.run / "submissions" / "1", TEMPLATE))
+    assert options[:5] == [
+        "--job-name=gtpo",
+        "--output=gtpo-%j.log",
+        "--open-mode=append",
+        "--requeue",
+        "--signal=USR1@300",
+    ]
+    assert options[5:] == [
+        "--job-name=trial",
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=12",
+        "--time=04:00:00",
+        "--account=a",
+        "--partition=p",
+        "--signal=USR1@600",
+        f"--chdir={job.folder}",
+        f"--output={job.run}/slurm-%j.log",
+        "--exclusive",
+    ]
+
+
+def test_bare_nodes_with_modules_and_variables(job: Job, tmp_path: Path) -> None:
+    site = a_site(modules=["cuda/13.0", "gcc"], interface="ib0", env={"NOTE": "it's $HOME; `date`", "N": 22})
+    folder = write(job, site, "name: trial\n")
+    words = srun_of((folder / "train.sbatch").read_text(), tmp_path)
+    attempt = job.run / "attempts" / "1"
+    assert words == [
+        "--kill-on-bad-exit=0",
+        "--wait=90",
+        f"--output={attempt}/rank-%t.log",
+        "/opt/env/bin/python",
+        "-m",
+        "gtpo_megatron",
+        "train",
+        f"{folder}/recipe.yaml",
+    ]
+    assert (tmp_path / "words.modules").read_text() == "load cuda/13.0\nload gcc\n"
+    environ = (tmp_path / "words.env").read_text().splitlines()
+    expected = {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "NOTE=it's $HOME; `date`", "N=22"}
+    assert expected <= set(environ)
+    assert {path.name for path in folder.iterdir()} == {"train.sbatch", "lib.sh", "recipe.yaml", "site.yaml"}
+    assert (folder / "recipe.yaml").read_text() == "name: trial\n"
+
+
+def test_pyxis(job: Job, tmp_path: Path) -> None:
+    image = "nvcr.io#nvidia/pytorch:25.10-py3"
+    container = {"kind": "pyxis", "image": image, "mounts": [str(tmp_path), "/a:/b"]}
+    folder = write(job, a_site(container=container), "")
+    assert srun_of((folder / "train.sbatch").read_text(), tmp_path)[3:7] == [
+        f"--container-image={image}",
+        f"--container-workdir={tmp_path}",
+        f"--container-mounts={tmp_path}:{tmp_path},/a:/b",
+        "/opt/env/bin/python",
+    ]
+
+
+def test_apptainer(job: Job, tmp_path: Path) -> None:
+    image = tmp_path / "image.sif"
+    image.touch()
+    container = {"kind": "apptainer", "image": str(image), "mounts": [str(tmp_path), "/a:/b"]}
+    folder = write(job, a_site(container=container), "")
+    words = srun_of((folder / "train.sbatch").read_text(), tmp_path)
+    bind = f"{tmp_path},/a:/b"
+    assert words[3:11] == [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        bind,
+        "--pwd",
+        str(tmp_path),
+        str(image),
+    ]
+    without_gpus = replace(job, gpus_per_node=0)
+    text = script(without_gpus, a_site(container=container), folder, TEMPLATE)
+    assert "\nin_container=(apptainer exec --bind " in text
+
+
+def test_a_missing_image_ends_the_job_with_one_line(job: Job, tmp_path: Path) -> None:
+    container = {"kind": "apptainer", "image": str(tmp_path / "none.sif"), "mounts": [str(tmp_path)]}
+    folder = write(job, a_site(container=container), "")
+    done = subprocess.run(["bash", folder / "train.sbatch"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "END mistake: this job needs a file: " in done.stdout.splitlines()[-1]
+    assert "none.sif" in done.stdout
+
+
+def test_a_folder_that_is_not_in_the_container_is_refused(job: Job, tmp_path: Path) -> None:
+    container = {"kind": "pyxis", "image": "i", "mounts": [f"{tmp_path}:/elsewhere"]}
+    with pytest.raises(UserError, match="container.mounts: the run's directory"):
+        write(job, a_site(container=container), "")
+    assert not (job.run / "submissions").exists()
+
+
+def test_what_slurm_refuses_leaves_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'allocation failure: no such partition' >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(submission.shutil, "which", lambda name: str(programs / name))
+    with pytest.raises(UserError, match="no such partition"):
+        write(job, a_site(), "")
+    assert list((job.run / "submissions").iterdir()) == []
+
+
+def test_submissions_are_counted(job: Job) -> None:
+    folders = [write(job, a_site(), "") for _ in range(11)]
+    assert [folder.name for folder in folders] == [str(n) for n in range(1, 12)]
+    for folder in folders:
+        (folder / "job_id").write_text(f"{100 + int(folder.name)}\n")
+    assert job_ids(job.run) == [str(n) for n in range(101, 112)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SITES.glob("*.yaml")))
+def test_worked_examples_load(name: str) -> None:
+    assert load_site(name).container.kind == ("none" if name == "modules" else name)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"partion": "gpu"}, "site.yaml:1: partion: unknown key (value 'gpu'); did you mean partition?"),
+        (
+            {"container": {"kind": "pyxis", "img": "x"}},
+            "site.yaml:3: container.img: unknown key (value 'x'); did you mean container.image?",
+        ),
+        ({"container": {"kind": "docker"}}, "site.yaml:2: container.kind: 'docker'"),
+        ({"container": {"kind": "apptainer"}}, "container.kind: apptainer needs container.image"),
+        ({"container": {"image": "x.sif"}}, "have no effect with container.kind: none"),
+        ({"container": {"kind": "pyxis", "image": "x", "mounts": ["here"]}}, "absolute path, not here"),
+        ({"gpus_per_node": 0}, "gpus_per_node: 0 needs ranks_per_node"),
+        ({"sbatch": ["exclusive"]}, "starts with -, unlike 'exclusive'"),
+        ({"stop_before_s": 5}, "site.yaml:1: stop_before_s: 5"),
+    ],
+)
+def test_mistakes_in_a_site_file_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(UserError) as error:
+        load_site(str(path))
+    assert message in str(error.value)
+
+
+def test_an_unknown_site_lists_those_there_are() -> None:
+    with pytest.raises(UserError, match="apptainer, modules, pyxis"):
+        load_site("nowhere")
+
+
+@pytest.mark.parametrize(
+    "rows, stuck",
+    [
+        (["9 0 1"], 1),
+        (["9 5 1"], 0),
+        (["9 5 1", "9 5 1", "9 5 137"], 2),
+        (["9 5 1", "9 4 1", "9 6 1"], 0),  # a step that was made before is not new
+        (["9 5 1", "9 4 1", "9 5 1"], 2),
+        (["8 5 1", "8 5 1", "9 5 1"], 0),  # of a former job, which a person has submitted again
+        (["9 0 term", "9 0 term", "9 0 3"], 1),
+        (["9 10 1", "9 9 1"], 1),  # numbers, not words
+    ],
+)
+def test_attempts_without_a_new_step(tmp_path: Path, rows: list[str], stuck: int) -> None:
+    (tmp_path / "attempts").mkdir()
+    ended = tmp_path / "attempts" / "ended"
+    ended.write_text("".join(f"{n} {row}\n" for n, row in enumerate(rows, start=1)))
+    count = f"source {SCRIPTS / 'lib.sh'}; attempts={tmp_path / 'attempts'}; attempts_without_a_step"
+    done = subprocess.run(["bash", "-c", count], env={"SLURM_JOB_ID": "9"}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(stuck), done.stderr
+    assert [attempt.number for attempt in read_attempts(tmp_path)] == list(range(1, len(rows) + 1))
