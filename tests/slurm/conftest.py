@@ -16,14 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
-    """Four nodes that are up. Where that is impossible the tests are skipped, or fail where CI=true."""
+    """Four nodes that are up. Where that is impossible the tests are skipped (a failure where CI=true, as any skip)."""
     try:
         install()
         slurm = VirtualSlurm(tmp_path_factory.mktemp("slurm"))
         slurm.__enter__()
     except CannotRun as reason:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"no virtual Slurm, which is a failure where CI=true: {reason}")
         pytest.skip(str(reason))
     try:
         yield slurm

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
 from gtpo_megatron.run.metrics import read_metrics
@@ -28,7 +29,7 @@ def submit(
     def call(name: str, *words: str) -> str:
         command = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", f"name={name}", *words)
         cluster.run(*command, environment=environment)
-        return (recipe.parent / "runs" / name / "submissions" / "1" / "job_id").read_text().strip()
+        return job_ids(recipe.parent / "runs" / name)[-1]
 
     return call
 
@@ -43,6 +44,10 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) 
 def steps(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     return [row["step"] for row in read_metrics(path)] if path.exists() else []
+
+
+def last_line(run: Path, job_id: str) -> str:
+    return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
 
 
 def ended(run: Path) -> list[list[str]]:
@@ -130,6 +135,34 @@ def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
     cluster.wait_until_idle()
 
 
+def test_a_run_is_stopped_for_good_and_later_cancelled(
+    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 2)
+    first = submit("small")
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
+    cluster.run("scancel", "--signal=USR1", first)
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    hold(run, 6)
+    job = cluster.wait_for_job(first)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "3:0")
+    assert "END stopped after step 3; cannot be requeued (" in last_line(run, first)
+
+    second = submit("small")
+    wait_until(lambda: len(steps(run)) == 6, "six steps")
+    cluster.run("scancel", second)
+    (run.parents[1] / "hold").unlink()
+    wait_until(lambda: len(ended(run)) == 2, "the second attempt has ended")
+    assert cluster.wait_for_job(second)["JobState"] == "CANCELLED"
+    assert [row[1:] for row in ended(run)] == [[first, "3", "3"], [second, "7", "term"]]
+    assert "END asked by Slurm to end at step 7 (" in last_line(run, second)
+    status = read_status(run)
+    assert (status.state, status.checkpoint_step) == ("stopped", 7)  # in time, and nothing is lost
+
+
 def test_a_mistake_is_said_in_the_last_line_and_not_requeued(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -142,7 +175,7 @@ def test_a_mistake_is_said_in_the_last_line_and_not_requeued(
         job = cluster.wait_for_job(job_id)
     run = recipe.parent / "runs" / "mistake"
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", f"{MISTAKE}:0")
-    line = (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
+    line = last_line(run, job_id)
     assert "END mistake: gtpo-megatron: " in line and here.name in line
     assert ended(run) == [["1", job_id, "0", "2"]]
 
