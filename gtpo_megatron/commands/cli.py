@@ -17,7 +17,8 @@ from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.convert import convert_app
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import MISTAKE, UserError
+from gtpo_megatron.run.logs import quiet_libraries
 
 app = typer.Typer(
     name="gtpo-megatron",
@@ -208,13 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(
             0, os.getcwd()
         )  # a recipe's own functions import alike from the script and from `python -m`
+    quiet_libraries()
     try:
         app(args=arguments)
     except UserError as error:
         if os.environ.get("GTPO_TRACEBACK") == "1":
             raise
         _say(error)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def _say(error: UserError) -> None:
