@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = "gtpo_megatron"
+# Importing megatron.training (Megatron-Bridge 0.6 does) sends every record from INFO on to standard output.
+TALKATIVE = ("megatron", PACKAGE)
 # Warnings of libraries that no user of this program can act on: logger -> what the message says.
 NOISE = {
     # Megatron-Bridge and older checkpoints name it so; transformers reads both
@@ -17,18 +19,26 @@ NOISE = {
     "megatron.bridge.utils.fusions": "gradient_accumulation_fusion requires",
     # Megatron-Core 0.19 of the only model that its pipeline schedules and Megatron-Bridge know
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # Megatron-Core 0.19: NVRx, its other way, is not installed
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     # Megatron-Bridge 0.6 without Transformer Engine, with a traceback
     "megatron.bridge.utils.import_utils": "Import of FP8GlobalStateManager",
 }
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' NOISE, and their FutureWarnings about each other, off the console and out of the logs."""
+    """Keep libraries' NOISE, and their FutureWarnings about each other, out of the logs, and progress off the console."""
     for name, text in NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(text))
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+    for text in ("torch.distributed is disabled", "The argument order of load has been changed"):
+        warnings.filterwarnings(
+            "ignore", text, UserWarning
+        )  # Megatron-Core's use of torch.distributed.checkpoint
 
 
 class _Without(logging.Filter):
@@ -57,8 +67,9 @@ def logging_to(path: Path) -> Iterator[None]:
     console.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.startswith(PACKAGE))
     root = logging.getLogger()
     set_aside = [handler for handler in root.handlers if _is_console(handler)]
-    level = root.level
-    root.setLevel(logging.INFO)
+    levels = {name: logging.getLogger(name).level for name in ("root", *TALKATIVE)}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.INFO)
     for handler in set_aside:
         root.removeHandler(handler)
     for handler in (file, console):
@@ -66,7 +77,8 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        root.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         for handler in (file, console):
             root.removeHandler(handler)
         for handler in set_aside:
@@ -75,4 +87,4 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 def _is_console(handler: logging.Handler) -> bool:
-    return type(handler) is logging.StreamHandler and handler.stream in (sys.stdout, sys.stderr)
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)

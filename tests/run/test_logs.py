@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from gtpo_megatron.run.logs import NOISE, logging_to, quiet_libraries
+from gtpo_megatron.run.logs import NOISE, TALKATIVE, logging_to, quiet_libraries
 
 
 @pytest.fixture(autouse=True)
 def _loggers_as_they_were() -> Iterator[None]:
     filters = {name: list(logging.getLogger(name).filters) for name in NOISE}
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
     with warnings.catch_warnings():
         yield
     for name, before in filters.items():
         logging.getLogger(name).filters[:] = before
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def test_the_console_has_our_warnings_and_everybodys_errors(
@@ -25,6 +28,7 @@ def test_the_console_has_our_warnings_and_everybodys_errors(
 ) -> None:
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
+    quiet_libraries()
     library = logging.StreamHandler()  # as a library's basicConfig leaves one
     logging.getLogger().addHandler(library)
     try:
