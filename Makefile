@@ -38,6 +38,7 @@ help: ## list the targets
 
 quickstart: .venv runs/quickstart-sft/hf ## train a small policy by GTPO on this machine, under 10 minutes, no GPU needed
 	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml $(SET)
+	@$(BIN)/gtpo-megatron analyse runs/quickstart --html runs/quickstart/trajectories.html
 
 quickstart-sglang: sglang runs/quickstart-sft/hf ## the same, with completions sampled by an SGLang server that it starts here
 	@$(BIN)/gtpo-megatron train recipes/quickstart.yaml rollout.engine=sglang name=quickstart-sglang $(SET)

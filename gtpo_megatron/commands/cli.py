@@ -22,7 +22,8 @@ from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
 from gtpo_megatron.commands.submit import submit
 from gtpo_megatron.config import RunConfig
-from gtpo_megatron.errors import UserError
+from gtpo_megatron.errors import MISTAKE, UserError
+from gtpo_megatron.run.logs import quiet_libraries
 
 app = typer.Typer(
     name="gtpo-megatron",
@@ -214,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(
             0, os.getcwd()
         )  # a recipe's own functions import alike from the script and from `python -m`
+    quiet_libraries()
     try:
         join_step(os.environ)
         app(args=arguments)
@@ -221,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("GTPO_TRACEBACK") == "1":
             raise
         _say(error)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def _say(error: UserError) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.identity import check_directory, keep_config
+from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.trajectories.store import TrajectoryStore
@@ -397,26 +397,3 @@ def longest_sequence(config: RunConfig) -> int:
     alignment = sequence_alignment(config.parallel)
     within_batch = config.training.micro_batch_tokens // alignment * alignment
     return min(within_batch, read_shape(config.model.path).max_positions)
-
-
-@contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send log records to a file of this rank, and this package's warnings to the console as well."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    console.addFilter(lambda record: record.name.startswith("gtpo_megatron"))
-    level = root.level
-    root.setLevel(logging.INFO)
-    root.addHandler(handler)
-    root.addHandler(console)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.removeHandler(handler)
-        root.removeHandler(console)
-        handler.close()
