@@ -77,7 +77,9 @@ def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
     run = recipe.parent / "runs" / "small"
     hold(run, 3)
     job_id = submit("small")
-    wait_until(lambda: len(steps(run)) == 3, "three steps")
+    wait_until(
+        lambda: len(steps(run)) == 3 and read_status(run).step == 3, "three steps, in the status as well"
+    )
     shown = json.loads(cluster.run(*TRAIN, "status", run, "--json", environment=environment).stdout)
     assert (shown["state"], shown["status"]["job_id"], shown["steps_at_risk"]) == ("running", job_id, 3)
     jobs = [(job["job_id"], job["state"], job["nodes"]) for job in shown["jobs"]]
