@@ -83,7 +83,9 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check all, print the resolved configuration, rank layout and sizes; stop."
+            "--dry-run",
+            help="Check all, print the resolved configuration, rank layout and sizes; stop. "
+            "Of the model config.json suffices; what was not there to be checked is named.",
         ),
     ] = False,
     world_size: Annotated[
@@ -246,15 +248,19 @@ def _load(recipe: Path, settings: Sequence[str] | None) -> RunConfig:
 
 def _dry_run(config: RunConfig, world_size: int | None) -> None:
     from gtpo_megatron.config.loading import to_yaml
+    from gtpo_megatron.plan.absent import absent_parts
     from gtpo_megatron.plan.checks import check_run
     from gtpo_megatron.plan.layout import smallest_world
     from gtpo_megatron.plan.table import print_layout
 
     world = world_size or _env_world_size() or smallest_world(config.parallel)
-    shape = check_run(config, world)
+    absent = absent_parts(config)
+    shape = check_run(config, world, without=absent)
     if _rank() == 0:
         typer.echo(to_yaml(config))
         print_layout(config, shape, world, Console())
+        for sentence in absent.values():  # nothing may look checked that was not
+            typer.echo(f"not checked: {sentence}")
 
 
 def _rank() -> int:

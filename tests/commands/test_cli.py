@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -141,6 +142,20 @@ def test_dry_run_of_a_larger_world(run: Run, recipe: Path) -> None:
 def test_dry_run_refuses_what_a_run_would(run: Run, recipe: Path) -> None:
     code, out, err = run("train", recipe, "parallel.tensor=3", "--dry-run")
     assert (code, out) == (2, "") and "parallel.tensor: 3 does not divide the 4 attention heads" in err
+
+
+def test_dry_run_needs_config_json_alone_and_names_what_it_did_not_check(
+    run: Run, recipe: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    assert "not checked" not in run("train", recipe, "--dry-run")[1]
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_checkpoint("llama") / "config.json", tmp_path / "bare")
+    settings = [f"model.path={tmp_path / 'bare'}", "data.path=openai/gsm8k"]
+    code, out, _ = run("train", recipe, *settings, "--dry-run")
+    assert code == 0
+    said = [line for line in out.splitlines() if line.startswith("not checked: ")]
+    assert [line.split(":")[1].strip() for line in said] == ["model.path", "model.path", "data.path"]
+    assert run("train", recipe, *settings)[0] == 2
 
 
 def test_evaluate_prints_json(

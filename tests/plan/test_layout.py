@@ -1,5 +1,7 @@
 """Rank coordinates and parameter counts against transformers, Megatron's own rank generator, and published sizes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from gtpo_megatron.config import ParallelConfig
+from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.plan.layout import (
     HFShape,
     data_parallel_size,
@@ -28,6 +31,8 @@ QWEN25_05B = HFShape("Qwen2ForCausalLM", 24, 896, 14, 2, 64, 4864, 151936, 32768
 QWEN3_30B_A3B = HFShape(
     "Qwen3MoeForCausalLM", 48, 2048, 32, 4, 128, 6144, 151936, 40960, False, False, True, 128, 8, 768
 )
+
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 
 layouts = st.builds(
     lambda tensor, context, pipeline, expert, replicas: (
@@ -61,6 +66,22 @@ def test_the_whole_model_has_as_many_parameters_as_transformers_counts(family: F
 )
 def test_published_sizes(shape: HFShape, parameters: int) -> None:
     assert model_parameters(shape) == parameters
+
+
+PUBLISHED = {  # parameters, as the hub shows them
+    "SmolLM2-135M-Instruct": 134_515_008,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen2.5-32B-Instruct": 32_763_876_352,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+}
+
+
+def test_the_configs_that_recipes_are_checked_against_have_the_published_sizes() -> None:
+    sizes = {folder.name: model_parameters(read_shape(str(folder))) for folder in CONFIGS.iterdir()}
+    assert sizes == PUBLISHED
 
 
 @given(layouts)

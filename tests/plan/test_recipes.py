@@ -1,0 +1,124 @@
+"""Every recipe, and every combination with overlays that a page names, through `train --dry-run`, without weights or network."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gtpo_megatron.commands.cli import YAML_SUFFIXES, main
+from gtpo_megatron.config.loading import load_config
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes, smallest_world
+from tests.test_docs import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "tests" / "fixtures" / "configs"
+RECIPES = sorted(
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if "model:" in path.read_text(encoding="utf-8").splitlines()
+)
+OVERLAYS = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(RECIPES))
+REAL = [path for path in RECIPES if path.parent.name in ("paper", "large")]
+HERE = "SmolLM2-135M-Instruct"  # for recipes whose model is made on the user's machine
+
+
+def named_combinations() -> list[tuple[str, list[str], list[str]]]:
+    """(page, files, overrides) of each train or evaluate command in the pages that names a recipe in a folder of recipes/."""
+    found = []
+    for page, words in COMMANDS:
+        files = [word for word in words if word.endswith(YAML_SUFFIXES) and "=" not in word]
+        if (
+            words[0] in ("train", "evaluate")
+            and files
+            and files[0].startswith(("recipes/paper/", "recipes/large/"))
+        ):
+            found.append((page, files, [word for word in words if re.match(r"[a-z_.]+=", word)]))
+    return found
+
+
+def dry_run(
+    files: Sequence[Path], overrides: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, output and errors of `train --dry-run` on the layout's own number of ranks."""
+    config = load_config(files, overrides)
+    model = Path(config.model.path).name
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    here = [f"model.path={CONFIGS / (model if (CONFIGS / model).is_dir() else HERE)}", f"data.path={rows}"]
+    here += ["model.tokenizer=null"] if config.model.tokenizer else []
+    ranks = re.search(r"^# Trainer: (\d+) ranks", files[0].read_text(encoding="utf-8"), re.MULTILINE)
+    world = int(ranks[1]) if ranks else smallest_world(config.parallel)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *map(str, files), *overrides, *here, "--dry-run", "--world-size", str(world)])
+    return (stopped.value.code or 0, *capsys.readouterr())
+
+
+def test_the_recipes_were_found() -> None:
+    assert len(RECIPES) >= 10 and len(OVERLAYS) >= 8
+    models = {Path(load_config(path).model.path).name for path in REAL}
+    assert models == {path.name for path in CONFIGS.iterdir()} - {HERE}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_passes_a_dry_run_without_weights(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = dry_run([recipe], [], tmp_path, capsys)
+    assert (code, err) == (0, "")
+    assert "not checked: model.path" in out
+
+
+@pytest.mark.parametrize(
+    ("page", "files", "overrides"),
+    named_combinations(),
+    ids=lambda value: value if isinstance(value, str) else " ".join(Path(word).stem for word in value),
+)
+def test_a_combination_that_a_page_names_passes_too(
+    page: str, files: list[str], overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run([ROOT / file for file in files], overrides, tmp_path, capsys)[::2] == (0, ""), page
+
+
+@pytest.mark.parametrize("recipe", REAL, ids=lambda path: path.stem)
+def test_the_memory_in_a_header_is_the_planners(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    ranks = int(re.search(r"^# Trainer: (\d+) ranks", text, re.MULTILINE)[1])
+    said = float(re.search(r"^# Weights, gradients and Adam: ([\d.]+) GiB a rank", text, re.MULTILINE)[1])
+    config = load_config(recipe)
+    shape = read_shape(str(CONFIGS / Path(config.model.path).name))
+    most = max(
+        rank_state_bytes(
+            rank_parameters(shape, config.parallel, stage),
+            config.parallel,
+            ranks,
+            bf16=config.model.dtype == "bf16",
+            distributed_optimizer=config.optimizer.distributed,
+        )
+        for stage in range(config.parallel.pipeline)
+    )
+    assert said == round(most / 2**30, 1)
+
+
+def test_every_overlay_and_recipe_is_named_by_the_pages() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    assert [path.name for path in REAL if path.name not in readme] == []
+    assert [path.name for path in [*REAL, *OVERLAYS] if path.name not in page] == []
+
+
+def test_the_runs_of_the_paper_have_names_of_their_own() -> None:
+    folder = ROOT / "recipes" / "paper"
+    variants = [[], ["group-12"], ["grpo"], ["grpo-kl"], ["sft"], ["reference"]]
+    sets = [[*variant, *task] for variant in variants for task in ([], ["math"])]
+    runs = [
+        [base, *[folder / f"{name}.yaml" for name in overlays + adam]]
+        for base in REAL
+        if base.parent == folder
+        for overlays in sets
+        for adam in ([], ["usual-adam"])
+        if "sft" not in overlays or not adam  # its betas are the usual ones anyway
+    ]
+    names = [load_config(files).name for files in runs]
+    assert len(names) == 44 and len(set(names)) == len(names)
