@@ -26,7 +26,7 @@ ALLOWED = {
     "rewards": BASE,
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
     "rollout.sglang": BASE | {"rollout", "trajectories"},
-    "policy": BASE | {"algorithm", "trajectories", "plan", "policy.head"},
+    "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "policy", "rewards", "rollout", "trajectories"},
     "run.metrics": BASE,
     "run.progress": BASE,

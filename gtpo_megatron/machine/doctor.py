@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gtpo_megatron.machine.probe import FP8_CAPABILITY, transformer_engine_parts
+from gtpo_megatron.machine.probe import FP8_CAPABILITY, INSTALL_TE, transformer_engine_parts
 
 Status = Literal["ok", "absent", "warning", "error"]
 MARKS: dict[Status, str] = {
@@ -30,7 +30,6 @@ MARKS: dict[Status, str] = {
 }
 
 PAIRS = {"0.16": "0.3", "0.19": "0.6"}  # megatron-core line -> megatron-bridge line
-INSTALL_TE = "pip install --no-build-isolation -r requirements/cluster.txt (see the notes there)"
 INSTALL_APEX = (
     "install it from NVIDIA's source, github.com/NVIDIA/apex (see requirements/cluster.txt); optional"
 )
@@ -279,13 +278,20 @@ def _transformer_engine() -> Iterator[Finding]:
             f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}",
         )
         return
+    if not extension:
+        yield Finding(
+            name,
+            "error",
+            f"{meta or '?'}: without its PyTorch part (transformer-engine-torch), which breaks `import megatron.core`",
+            source,
+            f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}",
+        )
+        return
     versions = {v for v in (meta, *cores.values(), _version("transformer-engine-torch")) if v}
     built_for = f"for CUDA {' and '.join(cores)}" if cores else "built from source"
     found = f"{meta or next(iter(cores.values()), '?')}, core {built_for}"
     problem = ""
-    if not extension:
-        problem = "the core is there, but not its PyTorch part (transformer-engine-torch)"
-    elif len({_line(v) for v in versions}) > 1:
+    if len({_line(v) for v in versions}) > 1:
         problem = f"parts of different versions: {', '.join(sorted(versions))}"
     elif len(cores) > 1:
         problem = "cores for two CUDA versions: uninstall the one that torch is not built for"

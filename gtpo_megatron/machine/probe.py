@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with FP8 tensor cores
+INSTALL_TE = "pip install --no-build-isolation -r requirements/cluster.txt (see the notes there)"
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Machine:
     transformer_engine: bool  # installed whole, its compiled core included
     gpus: int = 0  # that this process sees
     local_ranks: int = 1  # of the trainer here
+    cuda_version: tuple[int, int] | None = None  # that torch is built for; None: unknown or no CUDA
+    engine_fault: str | None = None  # see `transformer_engine_fault`
 
 
 def this_machine() -> Machine:
@@ -24,9 +27,33 @@ def this_machine() -> Machine:
 
     engine = all(transformer_engine_parts())
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fault = transformer_engine_fault()
     if not torch.cuda.is_available():
-        return Machine(None, engine, local_ranks=ranks)
-    return Machine(torch.cuda.get_device_capability(), engine, torch.cuda.device_count(), ranks)
+        return Machine(None, engine, local_ranks=ranks, engine_fault=fault)
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return Machine(
+        torch.cuda.get_device_capability(),
+        engine,
+        torch.cuda.device_count(),
+        ranks,
+        (int(major), int(minor)),
+        fault,
+    )
+
+
+def transformer_engine_fault() -> str | None:
+    """What is missing from an incomplete Transformer Engine, and what to do; None where it is whole or not there at all.
+
+    Without its core or its PyTorch extension `import megatron.core` fails, whichever layers are asked for.
+    """
+    package, core, extension = transformer_engine_parts()
+    if not package or (core and extension):
+        return None
+    missing = "its compiled core" if not core else "its PyTorch extension (transformer-engine-torch)"
+    return (
+        f"Transformer Engine is installed without {missing}, which breaks `import megatron.core`: "
+        f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}"
+    )
 
 
 def transformer_engine_parts() -> tuple[bool, bool, bool]:

@@ -244,6 +244,8 @@ def length_problems(config: RunConfig, shape: HFShape) -> Iterator[str]:
 
 def precision_problems(config: RunConfig, shape: HFShape, machine: Machine) -> Iterator[str]:
     """Number formats and layers that this machine cannot run."""
+    if machine.engine_fault:
+        yield machine.engine_fault
     fp8 = config.model.fp8
     wants = [("model.fp8", fp8)] if fp8 != "none" else []
     if config.model.layers == "transformer_engine":

@@ -142,11 +142,10 @@ def build_policy(
         raise UserError(f"model.path: {model.path}: {error}") from error
     vocab_size = provider.vocab_size
     _configure(provider, model, parallel, training, distributed_optimizer)
-    with_engine = model.layers == "transformer_engine" or (
-        model.layers == "auto" and platform.has_transformer_engine()
-    )
-    if not with_engine:
+    if not platform.use_transformer_engine(model.layers):
         _without_transformer_engine(provider)
+    elif provider.deterministic_mode:
+        platform.use_deterministic_kernels()
     provider.finalize()
     with contextlib.redirect_stdout(io.StringIO()):  # the bridge prints progress on every rank
         modules = provider.provide_distributed_model(

@@ -15,7 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import MagicMock
 
 import torch
@@ -23,7 +23,11 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from gtpo_megatron import control
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.machine import probe
 
+log = logging.getLogger(__name__)
+DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # Transformer Engine's switch
 HAS_CUDA = torch.cuda.is_available()
 _CPU = torch.device("cpu")
 _installed = False
@@ -66,23 +70,61 @@ def set_random_state(state: torch.Tensor) -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's PyTorch layers can be used: the package and a GPU."""
-    return HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's PyTorch layers can be used: all its parts and a GPU."""
+    return HAS_CUDA and all(probe.transformer_engine_parts())
 
 
-def has_apex() -> bool:
-    """Whether NVIDIA's apex (not PyPI's package of that name) is importable."""
-    try:
-        return importlib.util.find_spec("apex.multi_tensor_apply") is not None
-    except ModuleNotFoundError:
-        return False
+def use_transformer_engine(wanted: Literal["auto", "local", "transformer_engine"]) -> bool:
+    """Whether to build the policy of Transformer Engine's layers; the choice and its reason go to the log.
+
+    Raises:
+        UserError: they are wanted and cannot be used here.
+    """
+    usable = has_transformer_engine()
+    if usable:
+        reason = "it is installed, and there is a GPU"
+    elif not probe.transformer_engine_parts()[0]:
+        reason = "it is not installed"
+    else:
+        reason = probe.transformer_engine_fault() or "there is no CUDA GPU"
+    if wanted == "transformer_engine" and not usable:
+        raise UserError(f"model.layers: transformer_engine needs Transformer Engine and a GPU: {reason}")
+    chosen = usable and wanted != "local"
+    why = f"Transformer Engine: {reason}" if wanted == "auto" else "asked for"
+    log.info(
+        "model.layers: %s takes %s layers (%s)",
+        wanted,
+        "Transformer Engine's" if chosen else "the local",
+        why,
+    )
+    return chosen
+
+
+def use_deterministic_kernels() -> None:
+    """Let Transformer Engine take deterministic attention kernels alone. Call before its layers are built.
+
+    Megatron-Core's deterministic mode refuses to build Transformer Engine's attention otherwise.
+    """
+    before = os.environ.get(DETERMINISM)
+    os.environ[DETERMINISM] = "0"
+    if before != "0":
+        log.info(
+            "training.deterministic: true sets %s=0 (before: %s); attention takes slower kernels",
+            DETERMINISM,
+            before or "not set",
+        )
 
 
 def install() -> None:
-    """Make megatron.core importable and runnable here. Call before anything imports it; calling again does nothing."""
+    """Make megatron.core importable and runnable here. Call before anything imports it; calling again does nothing.
+
+    Raises UserError where an incomplete Transformer Engine would break that import.
+    """
     global _installed
     if _installed:
         return
+    if fault := probe.transformer_engine_fault():
+        raise UserError(fault)
     _installed = True
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     # `gtpo-megatron doctor` says what is missing; megatron would say it on every rank of every start

@@ -76,7 +76,7 @@ def test_the_transformer_engine_meta_wheel_without_its_core_is_an_error(install:
     ("parts", "cuda", "status", "expected"),
     [
         ({"cu13": "2.20.2", "torch": "2.20.2"}, "13.0", "ok", "2.20.2, core for CUDA 13"),
-        ({"cu13": "2.20.2"}, "13.0", "warning", "not its PyTorch part"),
+        ({"cu13": "2.20.2"}, "13.0", "error", "without its PyTorch part"),
         (
             {"cu13": "2.19.0", "torch": "2.20.2"},
             "13.0",

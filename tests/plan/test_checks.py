@@ -11,6 +11,7 @@ import pytest
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.machine import probe
 from gtpo_megatron.plan.checks import (
     ARCHITECTURES,
     Machine,
@@ -191,6 +192,16 @@ def test_precision_rules(
     build: Callable[..., RunConfig], model: dict[str, str], machine: Machine, expected: str
 ) -> None:
     assert expected in problem(build(model=model), machine=machine)
+
+
+@pytest.mark.parametrize("layers", ["auto", "local"])
+def test_an_incomplete_transformer_engine_is_refused_whatever_layers_are_asked_for(
+    build: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    monkeypatch.setattr(probe, "transformer_engine_parts", lambda: (True, True, False))
+    message = problem(build(model={"layers": layers}), machine=probe.this_machine())
+    assert "without its PyTorch extension (transformer-engine-torch)" in message
+    assert "pip install --no-build-isolation -r requirements/cluster.txt" in message
 
 
 def test_fp8_on_a_machine_that_has_it(build: Callable[..., RunConfig]) -> None:
