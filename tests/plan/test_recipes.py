@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gtpo_megatron.commands.cli import YAML_SUFFIXES, main
-from gtpo_megatron.config.loading import load_config
+from gtpo_megatron.commands.cli import main
+from gtpo_megatron.config.loading import YAML_SUFFIXES, load_config
 from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes, smallest_world
 from tests.test_docs import COMMANDS
