@@ -35,7 +35,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "policy/head/function.py": ("tests/policy/test_head.py",),
     "policy/head/tiles.py": ("tests/policy/test_head.py",),
     "policy/head/torch_head.py": ("tests/policy/test_head.py",),
-    "policy/objective.py": ("tests/policy/test_step.py",),
+    "policy/objective.py": ("tests/policy/test_objective.py",),
     "run/batches.py": ("tests/run/test_batches.py",),
     "rollout/collect.py": ("tests/rollout/test_collect.py",),
 }
@@ -54,6 +54,13 @@ EQUIVALENT: dict[str, str] = {
     "algorithm/baselines.py: `0.0` to `1.0`": "what replaces an uncounted log-probability is multiplied by weight 0",
     "algorithm/conflicts.py: `BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`": "a wider block: speed alone",
     "algorithm/conflicts.py: `2` to `3`": "how fast the blocks widen: speed alone",
+    "policy/head/tiles.py: `1` to `2`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `8192` to `8193`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `on_cpu` to `not (on_cpu)`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `workspace // column` to `workspace * column`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `token_tile * item` to `token_tile / item`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `min` to `max`": "the size of a tile: speed and workspace alone",
+    "policy/head/tiles.py: `0` to `1`": "one byte of logits kept for the backward pass: none is kept",
 }
 
 

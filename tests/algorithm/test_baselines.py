@@ -122,3 +122,7 @@ def test_a_ratio_at_the_cap_is_not_cut(level: str) -> None:
     result = importance_weights(same, same, torch.tensor([3, 1]), level=level, cap=1.0)
     assert result.truncated_share.item() == 0
     assert result.weights.tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_a_step_of_one_token_is_a_mean_over_it() -> None:
+    assert sft_loss(torch.tensor([[-0.5]]), torch.ones(1, 1), 1).item() == 0.5

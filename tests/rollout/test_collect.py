@@ -15,6 +15,7 @@ from gtpo_megatron.rewards.pool import RewardPool, Score, ScoreBatch
 from gtpo_megatron.rollout.collect import (
     GroupPrompt,
     analyse,
+    cut,
     gather,
     group_seed,
     sample_share,
@@ -198,3 +199,12 @@ def gathered(fails: int | None) -> list[tuple[int, int]] | str:
 def test_rank_zero_gathers_what_all_sampled(ranks: RankPool) -> None:
     assert ranks.run(2, gathered, None) == [[(t.group, t.index) for t in BATCH], []]
     assert ranks.run(2, gathered, 1) == ["no server left"] * 2
+
+
+def test_a_trajectory_is_cut_to_its_first_tokens() -> None:
+    whole = solutions(PROMPTS[:1], tiny_tokenizer(), step=0)[0]
+    assert cut(whole, whole.length) is whole and cut(whole, whole.length + 5) is whole
+    short = cut(whole, 2)
+    assert short.finish_reason == "length" and short.prompt_ids is whole.prompt_ids
+    for name in ("token_ids", "logprobs", "token_versions"):
+        assert getattr(short, name).tolist() == getattr(whole, name)[:2].tolist()

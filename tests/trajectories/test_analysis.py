@@ -62,3 +62,17 @@ def test_one_completion_of_no_tokens_has_finite_metrics() -> None:
 def test_no_completions_is_an_error() -> None:
     with pytest.raises(ValueError, match="without completions"):
         summarise([])
+
+
+def test_conflict_shares_add_up_over_completions_and_leave_out_those_without_advantage() -> None:
+    metrics = summarise(
+        [
+            trajectory(10, advantage=1.0, prefix=2),
+            trajectory(10, advantage=3.0, suffix=3),
+            trajectory(10, advantage=-2.0, prefix=1),
+            trajectory(10, advantage=-2.0, prefix=3),
+            trajectory(10, advantage=0.0, prefix=4),
+        ]
+    )
+    assert metrics["conflict/amplified_share"] == pytest.approx(5 / 50)
+    assert metrics["conflict/protected_share"] == pytest.approx(4 / 50)
