@@ -56,10 +56,6 @@ EQUIVALENT: dict[str, str] = {
     "algorithm/conflicts.py: `2` to `3`": "how fast the blocks widen: speed alone",
     "policy/head/tiles.py: `1` to `2`": "the size of a tile: speed and workspace alone",
     "policy/head/tiles.py: `8192` to `8193`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `on_cpu` to `not (on_cpu)`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `workspace // column` to `workspace * column`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `token_tile * item` to `token_tile / item`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `min` to `max`": "the size of a tile: speed and workspace alone",
     "policy/head/tiles.py: `0` to `1`": "one byte of logits kept for the backward pass: none is kept",
 }
 

@@ -316,3 +316,23 @@ def test_bfloat16_factors_have_float32_statistics(vocab_tile: int | None) -> Non
     assert bound < 1e-3  # a sum in bfloat16 is off by more
     assert (actual.logprobs - exact.logprobs).abs().max().item() <= bound
     assert (actual.entropy - exact.entropy).abs().max().item() <= bound * (1 + math.log(VOCABULARY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (300, 576), (8192, 2048)])
+@pytest.mark.parametrize("vocab_rows", [1, 300, 151_936])
+def test_chosen_tiles_fit_in_the_workspace(
+    dtype: torch.dtype, rows: int, width: int, vocab_rows: int
+) -> None:
+    hidden = torch.empty(rows, width, dtype=dtype)
+    item = tiles.statistics_dtype(hidden).itemsize
+    plan = tiles.plan_tiles(hidden, vocab_rows, None, None)
+    logits = plan.token_tile * plan.vocab_tile * item
+    converted = 2 * width * plan.vocab_tile * item if dtype == torch.bfloat16 else 0
+    assert 1 <= plan.token_tile <= rows and 1 <= plan.vocab_tile <= vocab_rows
+    assert logits <= tiles.CPU_TILE_BYTES
+    assert 2 * logits + converted + plan.kept_bytes <= tiles.WORKSPACE_BYTES["cpu"]
+    # and are not needlessly small: a larger tile would leave the cache or the workspace, or there are no more columns
+    full = logits > tiles.CPU_TILE_BYTES / 2 or 2 * logits + converted > tiles.WORKSPACE_BYTES["cpu"] / 2
+    assert plan.vocab_tile == vocab_rows or full
+    assert plan.kept_bytes > 0

@@ -108,6 +108,26 @@ def test_importance_weights_are_capped_and_counted_by_their_level(level: str, co
     assert gradient == pytest.approx([g * r for g, r in zip(plain, ratio.tolist(), strict=True)], abs=1e-6)
 
 
+@pytest.mark.parametrize(("compat", "floor"), [("paper", None), ("reference", 1e-6)])
+def test_the_entropy_has_the_authors_floor_in_compat_alone(compat: Any, floor: float | None) -> None:
+    config = AlgorithmConfig(compat=compat)
+    constants = BatchConstants.of(BatchTable.of(BATCH), config, torch.device("cpu"))
+    assert make_objective(config, constants, 0.1, ALONE).entropy_floor == floor
+
+
+def test_grpo_counts_what_is_clipped_on_both_sides() -> None:
+    config = AlgorithmConfig(name="grpo", clip_low=0.1, clip_high=0.2)
+    batch, tokens = statistics()
+    ratios = torch.tensor(
+        [1.3, 1.1, 0.5, 0.8, 0.95, 1.5, 0.85, 1.0, 0.7]
+    )  # A > 0: above 1.2; A < 0: below 0.9
+    batch = replace(batch, old_logprobs=tokens.logprobs.detach() - ratios.log())
+    constants = BatchConstants.of(BatchTable.of(BATCH), config, torch.device("cpu"))
+    _, report = make_objective(config, constants, 0.1, ALONE).loss(batch, tokens)
+    assert report.sums["clipped"].item() == 1 + 3
+    assert report.sums["kl"].item() == 0
+
+
 def test_sft_is_the_mean_over_the_tokens_of_the_batch() -> None:
     gradient, _ = measured(name="sft")
     assert gradient == pytest.approx([-1 / 9] * 9)
