@@ -1,7 +1,6 @@
 """LoRA: the policy with adapters against transformers with peft, layouts, resume, and what a run leaves for others."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("base"), "qwen2_tied", initializer_range=0.04)
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("base"), "qwen2", initializer_range=0.04)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,24 @@ def test_logprobs_and_gradients_are_those_of_peft(
 def test_a_layout_equals_one_process(
     layout: str, base: Path, adapter: Path, ranks: RankPool, tmp_path: Path
 ) -> None:
-    world, parallel, training = LAYOUTS[layout]
+    compare(ranks, base, adapter, tmp_path, *LAYOUTS[layout])
+
+
+def test_a_tied_output_layer_on_two_stages(ranks: RankPool, tmp_path: Path) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base", "qwen2_tied", initializer_range=0.04)
+    adapter = peft_adapter(base, ALL, tmp_path / "adapter")
+    compare(ranks, base, adapter, tmp_path, 2, dict(pipeline=2), {})
+
+
+def compare(
+    ranks: RankPool,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    world: int,
+    parallel: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
     (expected,) = ranks.run(1, passes, lora_config(tmp_path, base, {"path": str(adapter)}), True)
     config = lora_config(tmp_path, base, {"path": str(adapter)}, parallel=parallel, training=training)
     for found in ranks.run(world, passes, config, True):
@@ -257,10 +273,8 @@ def test_an_adapter_of_other_layers_is_refused(
     assert "model.lora.path" in message and "0 are missing" in message and "48 unknown" in message
 
 
-def test_a_layer_count_below_the_adapters_is_refused(
-    adapter: Path, ranks: RankPool, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
-    other = make_tiny_checkpoint(tmp_path / "wide", "qwen2_tied", hidden_size=128, num_attention_heads=4)
+def test_an_adapter_of_another_width_is_refused(adapter: Path, ranks: RankPool, tmp_path: Path) -> None:
+    other = make_tiny_checkpoint(tmp_path / "wide", "qwen2", hidden_size=128, num_attention_heads=4)
     config = lora_config(tmp_path, other, {"path": str(adapter)})
     (message,) = ranks.run(1, build_error, config)
     assert "of another base or rank" in message
