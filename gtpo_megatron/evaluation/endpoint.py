@@ -67,24 +67,26 @@ class Endpoint:
 
         Returns the groups that are whole, and what ended the sampling early, if something did.
         """
-        found: dict[int, dict[int, TextCompletion]] = {group: {} for group, *_ in questions}
         error: BaseException | None = None
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="endpoint")
+        futures = {
+            pool.submit(self._complete, question, params, seed + index, stopped): (group, index)
+            for group, question, seed in questions
+            for index in range(params.n)
+        }
         try:
-            futures = {
-                pool.submit(self._complete, question, params, seed + index, stopped): (group, index)
-                for group, question, seed in questions
-                for index in range(params.n)
-            }
             for future in as_completed(futures):
-                group, index = futures[future]
-                found[group][index] = future.result()
+                future.result()
         except (UserError, KeyboardInterrupt) as caught:
             error = caught
         finally:
-            stopped.set()
-            pool.shutdown(wait=error is None, cancel_futures=True)
+            stopped.set()  # no further attempts; what is under way is waited for, unless somebody is waiting
+            pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        found: dict[int, dict[int, TextCompletion]] = {group: {} for group, *_ in questions}
+        for future, (group, index) in futures.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                found[group][index] = future.result()
         whole = {
             group: [given[i] for i in range(params.n)]
             for group, given in found.items()

@@ -8,13 +8,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gtpo_megatron.config import ParallelConfig, RunConfig
@@ -85,12 +85,12 @@ def evaluate_suites(
         UserError: a setting that cannot work, another request's directory, or an engine that fails half-way; what was
             sampled until then is kept.
     """
-    served = config.evaluation.endpoint.url is not None or config.rollout.engine != "embedded"
-    if served and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("evaluate by servers or an endpoint runs in one process: start it without torchrun")
     for suite in suites:  # before anything that costs
         check_ks(suite.config.evaluation.k, suite.config.evaluation.samples)
     platform.init_process_group()
+    ranks = dist.get_world_size()
+    if ranks > 1 and engine_name(config) != "embedded":
+        raise UserError("evaluate by servers or an endpoint runs in one process: start it without torchrun")
     policy = on_rank_zero(lambda: policy_identity(config))
     if policy["kind"] == "checkpoint":
         config = with_exported_policy(config, policy)
@@ -98,7 +98,7 @@ def evaluate_suites(
     tokenizer = None
     if policy["kind"] != "endpoint":
         for suite in suites:
-            check_run(suite.config, int(os.environ.get("WORLD_SIZE", 1)))
+            check_run(suite.config, ranks)
         tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
     jobs = [job_of(suite, tokenizer) for suite in suites]
     request = request_of(config, policy, jobs)
