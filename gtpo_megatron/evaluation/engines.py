@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.data.prompts import Prompt, Question
-from gtpo_megatron.evaluation import scoring
 from gtpo_megatron.evaluation.endpoint import NO_TOKENS, Endpoint, TextCompletion
+from gtpo_megatron.evaluation.training import scoring
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.model import DTYPES, world_rank
 from gtpo_megatron.rewards.pool import RewardPool, Score

@@ -27,11 +27,11 @@ from gtpo_megatron.data.prompts import (
     stop_token_ids,
 )
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.evaluation import sampling_params, sampling_seed
 from gtpo_megatron.evaluation.engines import Part, Sampler, open_sampler
 from gtpo_megatron.evaluation.estimates import check_ks, estimates, rows_of
 from gtpo_megatron.evaluation.results import FORMAT, grader, write_results, write_text
 from gtpo_megatron.evaluation.suites import Suite
+from gtpo_megatron.evaluation.training import sampling_params, sampling_seed
 from gtpo_megatron.plan.checks import check_run
 from gtpo_megatron.plan.conversion import check_source
 from gtpo_megatron.policy import platform

@@ -135,11 +135,10 @@ def test_the_rows_and_figures_of_two_prompts() -> None:
 
 
 def test_what_is_not_known_is_no_figure() -> None:
-    trajectories = group(0, "44", right="4")
+    trajectories = [replace(t, index=i) for i, t in enumerate(group(0, "44", right="4"))]
     lengths = {(0, 0): 5}
     rows = rows_of(trajectories, (1,), lengths, tokens_known=False, whole_distribution=True)
     assert not {"length", "entropy"} & set(rows[0]["values"])
-    trajectories[1] = replace(trajectories[1], index=1)
     (row,) = rows_of(trajectories, (1,), lengths | {(0, 1): 8}, tokens_known=False, whole_distribution=True)
     assert row["values"]["length"] == 6.5
 
