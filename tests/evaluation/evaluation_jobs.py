@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config import ParallelConfig, RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.evaluation import offline
 from gtpo_megatron.evaluation.suites import resolve_suites
+from gtpo_megatron.policy.exchange.convert import hf_to_megatron, start_ranks
 
 
 def evaluate(config: RunConfig, output: Path) -> dict[str, Any] | str:
@@ -32,3 +33,12 @@ def evaluate_interrupted(config: RunConfig, output: Path) -> dict[str, Any] | st
         return offline.evaluate_suites(config, resolve_suites(config), output, cut)[1]
     except UserError as error:
         return str(error)
+
+
+def evaluate_converted(config: RunConfig, checkpoint: Path, output: Path) -> dict[str, Any] | str:
+    """As `evaluate`, of the same weights as a Megatron checkpoint, which is made first."""
+    parallel = ParallelConfig()
+    start_ranks(parallel)
+    hf_to_megatron(Path(config.model.path), checkpoint, parallel, "fp32", logits=False)
+    model = config.model.model_copy(update={"path": str(checkpoint)})
+    return evaluate(config.model_copy(update={"model": model}), output)

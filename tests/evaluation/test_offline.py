@@ -11,7 +11,12 @@ from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.evaluation.compare import as_text, compare
 from gtpo_megatron.trajectories.store import TrajectoryStore
-from tests.evaluation.evaluation_jobs import evaluate, evaluate_interrupted, evaluate_twice
+from tests.evaluation.evaluation_jobs import (
+    evaluate,
+    evaluate_converted,
+    evaluate_interrupted,
+    evaluate_twice,
+)
 from tests.evaluation.server import Server, fake_server
 from tests.parallel.pool import RankPool
 
@@ -144,6 +149,21 @@ def test_the_embedded_engine_goes_on_to_the_same_figures(ranks: RankPool, make: 
     assert TrajectoryStore(tmp_path / "cut" / "data" / "parts").steps() == [0]
     (found,) = ranks.run(1, evaluate, config, tmp_path / "cut")
     assert found == whole
+
+
+def test_a_megatron_checkpoint_is_the_policy_that_it_holds(
+    ranks: RankPool, make: Make, tmp_path: Path
+) -> None:
+    config = make()
+    (original,) = ranks.run(1, evaluate, config, tmp_path / "hf")
+    (found,) = ranks.run(1, evaluate_converted, config, tmp_path / "checkpoint", tmp_path / "out")
+    assert found["suites"] == original["suites"]
+    assert found["policy"]["kind"] == "checkpoint"
+    assert found["policy"]["name"] == str(tmp_path / "checkpoint")
+    (message,) = ranks.run(
+        1, evaluate, make(model={"path": str(tmp_path / "out"), "dtype": "fp32"}), tmp_path / "none"
+    )
+    assert "neither a" in message
 
 
 def test_two_ranks_find_what_one_does(ranks: RankPool, make: Make, tmp_path: Path) -> None:
