@@ -35,10 +35,8 @@ def evaluate_interrupted(config: RunConfig, output: Path) -> dict[str, Any] | st
         return str(error)
 
 
-def evaluate_converted(config: RunConfig, checkpoint: Path, output: Path) -> dict[str, Any] | str:
-    """As `evaluate`, of the same weights as a Megatron checkpoint, which is made first."""
+def write_checkpoint(source: Path, checkpoint: Path) -> None:
+    """The weights of a Hugging Face directory as a Megatron checkpoint."""
     parallel = ParallelConfig()
     start_ranks(parallel)
-    hf_to_megatron(Path(config.model.path), checkpoint, parallel, "fp32", logits=False)
-    model = config.model.model_copy(update={"path": str(checkpoint)})
-    return evaluate(config.model_copy(update={"model": model}), output)
+    hf_to_megatron(source, checkpoint, parallel, "fp32", logits=False)

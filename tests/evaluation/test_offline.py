@@ -13,9 +13,9 @@ from gtpo_megatron.evaluation.compare import as_text, compare
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.evaluation.evaluation_jobs import (
     evaluate,
-    evaluate_converted,
     evaluate_interrupted,
     evaluate_twice,
+    write_checkpoint,
 )
 from tests.evaluation.server import Server, fake_server
 from tests.parallel.pool import RankPool
@@ -156,7 +156,9 @@ def test_a_megatron_checkpoint_is_the_policy_that_it_holds(
 ) -> None:
     config = make()
     (original,) = ranks.run(1, evaluate, config, tmp_path / "hf")
-    (found,) = ranks.run(1, evaluate_converted, config, tmp_path / "checkpoint", tmp_path / "out")
+    ranks.run(1, write_checkpoint, Path(config.model.path), tmp_path / "checkpoint")
+    model = {"path": str(tmp_path / "checkpoint"), "dtype": "fp32"}
+    (found,) = ranks.run(1, evaluate, make(model=model), tmp_path / "out")
     assert found["suites"] == original["suites"]
     assert found["policy"]["kind"] == "checkpoint"
     assert found["policy"]["name"] == str(tmp_path / "checkpoint")
