@@ -104,6 +104,8 @@ def _place(folder: str | None, suite: SuiteConfig) -> tuple[str, str]:
     if folder is None:
         return suite.path, suite.split
     local = Path(folder).expanduser() / suite.name
+    if not local.is_dir() and Path(suite.path).expanduser().exists():
+        return suite.path, suite.split
     if not local.is_dir():
         raise UserError(
             f"evaluation.folder: {folder} has no folder {suite.name} for that suite; put <split>.jsonl or .parquet "

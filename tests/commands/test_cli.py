@@ -219,8 +219,6 @@ def test_suites_by_name_and_by_file(
     (tmp_path / "aime25" / "test.jsonl").write_text('{"problem": "1+1?", "expected_answer": "2"}\n')
     local = f"evaluation.folder={tmp_path}"
     assert run("evaluate", recipe, "--suite", "aime25", local)[0] == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     assert run("evaluate", recipe, "--suite", "aime25", "--suite", own, local)[0] == 0
     assert run("evaluate", recipe, f"evaluation.suites=[{own}]")[0] == 0
     assert asked == [["aime25"], ["aime25", "mine"], ["mine"]]
