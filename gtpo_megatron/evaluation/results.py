@@ -119,8 +119,10 @@ def _plot(path: Path, results: Mapping[str, Any]) -> None:
             low, high = ([found[k][end] for k in ks] for end in ("low", "high"))
             if kind == "pass":
                 axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+    every = sorted({k for line in axes.get_lines() for k in line.get_xdata()})
     axes.set_xscale("log", base=2)
-    axes.set_ylim(0, 1)
+    axes.set_xticks(every, [str(k) for k in every])
+    axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("k")
     axes.set_ylabel("share of prompts; bands: 95% over prompts")
     axes.set_title(f"{results['policy']['name']}"[-90:], fontsize="small")
