@@ -25,6 +25,8 @@ from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
 from gtpo_megatron.commands.submit import submit
+from gtpo_megatron.commands.sweep import EPILOG as SWEEP_EPILOG
+from gtpo_megatron.commands.sweep import sweep
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import MISTAKE, UserError
 from gtpo_megatron.run.logs import quiet_libraries
@@ -48,6 +50,7 @@ app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
+app.command(epilog=SWEEP_EPILOG)(sweep)
 
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
 
