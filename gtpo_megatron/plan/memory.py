@@ -167,22 +167,12 @@ def sharded_training_peak(model: Model, layout: Layout, work: Work) -> float:
     return states + gathered + 2 * elements + 14 * tokens * model.vocab / share
 
 
-@dataclass(frozen=True)
-class ServerMemory:
-    """Bytes on a GPU of a server: weights, what is left for the cache, and tokens that fit into it."""
-
-    tensor: int
-    weights: float
-    cache: float
-    cached_tokens: int
-
-
 def smallest_server(shape: HFShape, gpu: GPU, longest: int) -> int:
-    """The fewest GPUs (a power of two) on which the weights leave room for eight of the longest sequences; 0 if no node does."""
+    """The fewest GPUs (a power of two) on which the weights leave room for eight of the longest sequences; 0 if four nodes do not."""
     from gtpo_megatron.plan.sampling import Server
 
     model, tensor = of_shape(shape, ""), 1
-    while tensor <= gpu.node:
+    while tensor <= 4 * gpu.node:
         if shape.heads % tensor == 0 and Server(model, gpu, tensor).cached_tokens >= 8 * longest:
             return tensor
         tensor *= 2
