@@ -13,7 +13,15 @@ from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
 from gtpo_megatron.plan.memory import GIB, RankMemory, smallest_server, training_memory
 from gtpo_megatron.plan.sampling import Server, sampling_seconds, share_of_server, spread_lengths
-from gtpo_megatron.plan.time import UNCERTAINTY, Layout, StepTime, Work, model_flop, step_time
+from gtpo_megatron.plan.time import (
+    UNCERTAINTY,
+    Layout,
+    StepTime,
+    Work,
+    model_flop,
+    step_time,
+    transfer_seconds,
+)
 
 TYPICAL_SHARE = 0.4  # of max_new_tokens that an average completion has, where nothing better is known
 TYPICAL_PROMPT = 0.25  # of max_prompt_tokens

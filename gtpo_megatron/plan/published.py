@@ -2,8 +2,8 @@
 
 import csv
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gtpo_megatron.errors import UserError
@@ -16,7 +16,7 @@ from gtpo_megatron.plan.sampling import (
     share_of_server,
     spread_lengths,
 )
-from gtpo_megatron.plan.time import UNCERTAINTY, Layout, Precision, Work, step_time
+from gtpo_megatron.plan.time import UNCERTAINTY, Layout, Precision, Work, step_time, transfer_seconds
 
 COLUMNS = (
     "id,kind,model,gpus,system,TP,PP,CP,VP,EP,DP,FSDP,seq_len,MBS,GBS,precision,result,unit,extra,source"
@@ -40,6 +40,9 @@ class Comparison:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+Predictor = Callable[[Mapping[str, str]], tuple[float, float]]  # row -> (figure, relative uncertainty)
 
 
 class _Unmodelled(Exception):
@@ -72,7 +75,9 @@ def compare_row(row: Mapping[str, str]) -> Iterator[Comparison]:
         yield _comparison(row, "peak memory", peak[1], "GiB", _predict_memory)
 
 
-def _comparison(row: Mapping[str, str], kind: str, published: str, unit: str, predict) -> Comparison:
+def _comparison(
+    row: Mapping[str, str], kind: str, published: str, unit: str, predict: Predictor
+) -> Comparison:
     try:
         value = float(published)
         if not value > 0:
@@ -127,7 +132,10 @@ def _run(row: Mapping[str, str]) -> tuple[Model, GPU, Layout, Work, Efficiency]:
         torch_attention=titan,
         frozen="lora" in f"{row['kind']} {row['id']} {remarks}".lower(),
     )
-    return model, gpu, layout, work, efficiency()
+    reached = efficiency()
+    if titan and "async" not in remarks:  # plain tensor parallelism: nothing hides its communication
+        reached = replace(reached, exposed_tensor=1.0)
+    return model, gpu, layout, work, reached
 
 
 def _predict_memory(row: Mapping[str, str]) -> tuple[float, float]:
@@ -172,15 +180,14 @@ def _rl_step(row: Mapping[str, str]) -> tuple[float, float]:
     work = Work(int(mean), row_tokens / int(mean), rows, precision, recompute="full")
     training = step_time(model, gpu, spread, work, reached).total
     scoring = 2 * step_time(model, gpu, spread, _scored(work), reached).total
-    slower = min(gpu.nvlink, gpu.network) * reached.refit_share
-    refit = model.parameters * 2 / spread.pipeline / slower
+    refit = transfer_seconds(model, gpu, reached, senders=spread.pipeline)
     trained = training + scoring
     step = (max(trained, sampling) if ahead else trained + sampling) + refit + reached.step_overhead_s
     return rollouts * mean / step / layout.gpus, UNCERTAINTY["rl"]
 
 
 def _scored(work: Work) -> Work:
-    return Work(work.row, work.rows, work.micro_batches, work.precision, forward_only=True)
+    return replace(work, recompute="none", forward_only=True)
 
 
 def _serving(row: Mapping[str, str]) -> tuple[float, float]:
@@ -188,7 +195,8 @@ def _serving(row: Mapping[str, str]) -> tuple[float, float]:
     prompt = int(_found(r"isl (\d+)", row["seq_len"], "seq_len: isl"))
     completion = int(_found(r"osl (\d+)", row["seq_len"], "seq_len: osl"))
     concurrency = int(_found(r"(\d+)", row["GBS"], "GBS: concurrency"))
-    server = Server(model, gpu, _whole(row, "TP"))
+    weight_bytes = 1 if _precision(row, gpu) == "fp8" else 2
+    server = Server(model, gpu, _whole(row, "TP"), weight_bytes)
     if server.cached_tokens < prompt + completion:
         raise _Unmodelled(f"the weights leave no room for one request on {server.tensor} {gpu.name}")
     rate = served_tokens_per_second(server, prompt, completion, concurrency, efficiency())
@@ -204,6 +212,7 @@ def _layout(row: Mapping[str, str]) -> Layout:
         context=_whole(row, "CP", 1),
         expert=_whole(row, "EP", 1),
         sharded=_whole(row, "FSDP", 0) > 1,
+        once_per_node=True,
     )
     model = layout.tensor * layout.pipeline * layout.context
     if layout.gpus % model:

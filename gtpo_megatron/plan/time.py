@@ -35,6 +35,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     sharded: bool = False  # parameters too (FSDP): gathered for every micro-batch
+    once_per_node: bool = False  # a token crosses to a node once, however many experts it has there (DeepEP)
 
     @property
     def data(self) -> int:
@@ -169,12 +170,15 @@ def _context(model: Model, gpu: GPU, layout: Layout, tokens: float, reached: Eff
 
 
 def _expert(model: Model, gpu: GPU, layout: Layout, share: float, reached: Efficiency) -> float:
-    """Tokens to their experts and back, forward and backward. Between nodes each copy crosses its rank's own card."""
+    """Tokens to their experts and back, forward and backward. Between nodes a copy crosses its rank's own card."""
     if layout.expert == 1:
         return 0.0
     volume = 4 * model.expert_layers * model.experts_per_token * model.hidden * 2 * share
     remote = max(0.0, 1 - gpu.node / layout.expert)
     near = volume * (1 - 1 / layout.expert - remote) / (gpu.nvlink * reached.nvlink)
+    if layout.once_per_node and remote:
+        nodes, copies = layout.expert / gpu.node, model.experts_per_token
+        remote *= nodes * (1 - (1 - 1 / nodes) ** copies) / copies
     return (near + volume * remote / (gpu.network * reached.network)) * reached.exposed_expert
 
 
@@ -196,3 +200,8 @@ def _data(
     seconds = bytes_each * _rank_parameters(model, layout) / _bandwidth(gpu, size, layout.tensor, reached)
     hidden = micro_batch * (2 / 3) * (1 if layout.sharded else layout.pipeline) / 2
     return times * max(seconds - hidden, seconds * reached.exposed_data)
+
+
+def transfer_seconds(model: Model, gpu: GPU, reached: Efficiency, senders: int = 1) -> float:
+    """All weights in bf16 from the trainer to the servers; `senders` stages send theirs at the same time."""
+    return model.parameters * 2 / senders / (min(gpu.nvlink, gpu.network) * reached.refit_share)

@@ -1,6 +1,7 @@
 """Predictions against published figures, row by row, within the bounds that docs/planner.md states."""
 
 import csv
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import find_gpu, find_model
 from gtpo_megatron.plan.published import Comparison, compare, compare_row
 
-FILE = Path(__file__).parents[1] / "fixtures" / "published-h100.csv"
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "tests" / "fixtures" / "published-h100.csv"
 BOUNDS = {"dense": 0.15, "mixture": 0.40, "rl": 0.25, "memory": 0.05, "serving": 0.25}
 
 
@@ -121,3 +123,13 @@ def test_the_command_prints_every_row(capsys: pytest.CaptureFixture[str]) -> Non
     assert {"id", "kind", "predicted", "published", "error", "unit", "reason"} <= set(printed[0])
     code, out, _ = run(["plan", "--published", FILE], capsys)
     assert code == 0 and "titan-5" in out
+
+
+def test_the_table_of_the_page_is_the_programs() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "make_planner_docs", ROOT / "tools" / "make_planner_docs.py"
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.updated(text) == text, "run tools/make_planner_docs.py"
