@@ -11,12 +11,19 @@ ROWS = ROOT / "tests" / "fixtures" / "published-h100.csv"
 TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 
+def shown(value: float) -> str:
+    """Four digits at least, and no exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def updated(text: str) -> str:
     """The page with the table as the program gives it now."""
     lines = ["| row | kind | predicted | published | error |", "| --- | --- | --- | --- | --- |"]
     for c in compare(ROWS):
         unit = c.unit.partition(" (")[0]
-        lines.append(f"| {c.id} | {c.kind} | {c.predicted:.4g} | {c.published:g} {unit} | {c.error:+.1%} |")
+        lines.append(
+            f"| {c.id} | {c.kind} | {shown(c.predicted)} | {c.published:g} {unit} | {c.error:+.1%} |"
+        )
     return TABLE.sub(lambda _: "\n".join(lines) + "\n", text)
 
 

@@ -158,17 +158,18 @@ def _print_plan(made: "Plan", console: Console) -> None:
     memory.add_row("total", f"{worst.total / GIB:.2f} ± {unsure['memory']:.0%}")
     console.print(memory)
     seconds = Table("seconds of a step", f"± {unsure['step']:.0%}; training ± {unsure['training']:.0%}")
-    sampled = "not modelled (embedded engine)" if step.sampling is None else f"{step.sampling:.2f}"
+    sampled = "none, or not modelled" if step.sampling is None else f"{step.sampling:.3g}"
     seconds.add_row("sampling", sampled)
-    seconds.add_row("scoring", f"{step.scoring:.2f}")
-    seconds.add_row("training", f"{step.training.total:.2f}")
+    seconds.add_row("scoring", f"{step.scoring:.3g}")
+    seconds.add_row("training", f"{step.training.total:.3g}")
     for name, value in vars(step.training).items():
-        seconds.add_row(f"  {name}", f"{value:.2f}")
-    seconds.add_row("weight transfer", f"{step.transfer:.2f}")
-    seconds.add_row("step", f"{step.step:.2f}")
+        seconds.add_row(f"  {name}", f"{value:.3g}")
+    seconds.add_row("weight transfer", f"{step.transfer:.3g}")
+    seconds.add_row("step" if step.sampling is not None else "step without sampling", f"{step.step:.3g}")
     console.print(seconds)
+    servers = f", {made.servers} servers of {made.server_tensor} sample" if made.servers else ""
     console.print(
-        f"{made.gpus} GPUs train, {made.servers} servers of {made.server_tensor} GPUs sample; "
+        f"trainer's GPUs: {made.gpus}{servers}; "
         f"{step.tokens:,.0f} tokens a step, MFU while training {step.flop_share:.0%}, limited by {step.training.limit}"
     )
 
@@ -212,7 +213,7 @@ def _published(path: Path, as_json: bool) -> None:
             table.add_row(
                 row.id,
                 row.kind,
-                f"{row.predicted:.4g} ± {row.uncertainty:.0%}",
+                f"{row.predicted:,.1f} ± {row.uncertainty:.0%}",
                 f"{row.published:g}",
                 f"{row.error:+.1%}",
                 row.unit,

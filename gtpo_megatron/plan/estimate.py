@@ -276,7 +276,7 @@ def _step(
     scored = replace(work, recompute="none", forward_only=True)
     scoring = passes * step_time(model, gpu, layout, scored, reached).total if passes else 0.0
     sampled = sampling is not None
-    transfer = model.parameters * 2 / (min(gpu.nvlink, gpu.network) * reached.refit_share) if sampled else 0.0
+    transfer = transfer_seconds(model, gpu, reached) if sampled else 0.0
     own = training.total * algorithm.updates_per_batch + scoring + transfer
     overlapped = sampled and config.rollout.staleness > 0
     step = max(own, sampling or 0.0) if overlapped else own + (sampling or 0.0)
