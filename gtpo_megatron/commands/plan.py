@@ -167,7 +167,12 @@ def _print_plan(made: "Plan", console: Console) -> None:
     seconds.add_row("weight transfer", f"{step.transfer:.3g}")
     seconds.add_row("step" if step.sampling is not None else "step without sampling", f"{step.step:.3g}")
     console.print(seconds)
-    servers = f", {made.servers} servers of {made.server_tensor} sample" if made.servers else ""
+    servers = ""
+    if (server := made.server) is not None:
+        servers = (
+            f", {made.servers} servers of {server.tensor} sample (on each: weights {server.weights / GIB:.1f} GiB, "
+            f"cache {server.cache / GIB:.1f} GiB for {server.cached_tokens:,.0f} tokens)"
+        )
     console.print(
         f"trainer's GPUs: {made.gpus}{servers}; "
         f"{step.tokens:,.0f} tokens a step, MFU while training {step.flop_share:.0%}, limited by {step.training.limit}"

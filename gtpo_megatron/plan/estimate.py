@@ -50,7 +50,7 @@ class Plan:
     recompute: str
     memory: tuple[RankMemory, ...]
     step: StepPlan
-    server_tensor: int
+    server: Server | None  # one of them; None where none samples
     servers: int
     uncertainty: dict[str, float]
 
@@ -89,9 +89,23 @@ class Plan:
             "limit": step.training.limit,
             "tokens_per_step": step.tokens,
             "mfu_training": step.flop_share,
-            "servers": {"count": self.servers, "tensor": self.server_tensor},
+            "servers": _server_dict(self.server, self.servers),
             "uncertainty": self.uncertainty,
         }
+
+
+def _server_dict(server: Server | None, count: int) -> dict[str, object] | None:
+    """Bytes on a GPU of a server."""
+    if server is None:
+        return None
+    return {
+        "count": count,
+        "tensor": server.tensor,
+        "weights": server.weights,
+        "cache": server.cache,
+        "left": server.gpu.memory - server.weights - server.cache,
+        "cached_tokens": int(server.cached_tokens),
+    }
 
 
 def completion_lengths(config: RunConfig, source: Path | None) -> list[float]:
@@ -185,7 +199,7 @@ def make_plan(
         config.training.recompute,
         training_memory(config, shape, gpus, int(work.micro_batches)),
         step,
-        tensor,
+        Server(of_shape(shape, ""), gpu, tensor) if tensor else None,
         servers,
         uncertainty,
     )

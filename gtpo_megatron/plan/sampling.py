@@ -36,9 +36,14 @@ class Server:
         return self.model.cache_elements * BYTES / ranks
 
     @property
+    def cache(self) -> float:
+        """Bytes on a GPU for cached tokens; not positive if not even the weights fit."""
+        return self.gpu.memory * self.memory_share - self.weights
+
+    @property
     def cached_tokens(self) -> float:
-        """Tokens that fit; not positive if not even the weights do."""
-        return (self.gpu.memory * self.memory_share - self.weights) / self.token_cache
+        """Tokens that fit into the cache."""
+        return self.cache / self.token_cache
 
 
 def decode_seconds(server: Server, running: float, context: float, reached: Efficiency) -> float:
