@@ -12,7 +12,7 @@ from gtpo_megatron.plan.checks import batch_problems, layout_problems
 from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
 from gtpo_megatron.plan.memory import GIB, RankMemory, smallest_server, training_memory
-from gtpo_megatron.plan.sampling import Server, sampling_seconds, share_of_server, spread_lengths
+from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
 from gtpo_megatron.plan.time import (
     UNCERTAINTY,
     Layout,
@@ -117,7 +117,7 @@ def completion_lengths(config: RunConfig, source: Path | None) -> list[float]:
     if source is None:
         count = config.rollout.prompts_per_step * config.rollout.group_size
         longest = config.rollout.max_new_tokens
-        return spread_lengths(TYPICAL_SHARE * longest, longest, min(count, 4096))
+        return spread_lengths(TYPICAL_SHARE * longest, longest, min(count, MOST))
     if source.is_dir():
         return _run_lengths(source)
     try:
@@ -233,9 +233,8 @@ def sampled_seconds(
     prompt = TYPICAL_PROMPT * config.data.max_prompt_tokens
     asked = round(rollout.prompts_per_step * rollout.group_size * rollout.oversample)
     kept = sorted(lengths)[: max(1, round(len(lengths) / rollout.oversample))]  # the longest are given up
-    share = share_of_server(kept, -(-asked // servers))
     server = Server(of_shape(shape, ""), gpu, tensor)
-    return sampling_seconds(server, prompt, share, rollout.sglang.concurrency, reached)
+    return batch_seconds(server, prompt, kept, -(-asked // servers), rollout.sglang.concurrency, reached)
 
 
 def packed_work(

@@ -4,16 +4,17 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import GPU, Efficiency, Model, efficiency, find_gpu, find_model
 from gtpo_megatron.plan.memory import sharded_training_peak
 from gtpo_megatron.plan.sampling import (
+    MOST,
     Server,
-    sampling_seconds,
+    batch_seconds,
     served_tokens_per_second,
-    share_of_server,
     spread_lengths,
 )
 from gtpo_megatron.plan.time import UNCERTAINTY, Layout, Precision, Work, step_time, transfer_seconds
@@ -80,7 +81,7 @@ def _comparison(
 ) -> Comparison:
     try:
         value = float(published)
-        if not value > 0:
+        if not 0 < value < inf:
             raise ValueError
     except ValueError:
         return Comparison(
@@ -168,9 +169,9 @@ def _rl_step(row: Mapping[str, str]) -> tuple[float, float]:
     if not PROMPT < mean < _whole(row, "seq_len"):
         raise _Unmodelled(f"mean total length: {mean} leaves no completion beside a prompt of {PROMPT}")
     servers = max(1, (layout.gpus - trainers if ahead else layout.gpus) // server.tensor)
-    lengths = spread_lengths(mean - PROMPT, longest, rollouts)
-    share = share_of_server(lengths, -(-rollouts // servers))
-    sampling = sampling_seconds(server, PROMPT, share, len(share), reached)
+    lengths = spread_lengths(mean - PROMPT, longest, min(rollouts, MOST))
+    each = -(-rollouts // servers)
+    sampling = batch_seconds(server, PROMPT, lengths, each, each, reached)
 
     spread = Layout(trainers, layout.tensor, layout.pipeline, layout.virtual, layout.context, layout.expert)
     if not spread.data:

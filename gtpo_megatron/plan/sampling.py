@@ -9,7 +9,8 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import GPU, Efficiency, Model
 
 BYTES = 2  # of a cached element and of what ranks exchange, bf16
-STRIDE = 16  # decoding steps that are taken at once
+STRIDE = 8  # decoding steps that are taken at once
+MOST = 4096  # completions of one server that are followed one by one
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def sampling_seconds(
             running.append([0.0, wanted])
             cached += prompt + wanted
             seconds += prefill_seconds(server, prompt, reached)
-        steps = min(STRIDE, min(wanted - done for done, wanted in running))
+        steps = min(STRIDE, max(wanted - done for done, wanted in running))
         context = prompt + sum(done for done, _ in running) / len(running)
         seconds += steps * reached.rl_decode * decode_seconds(server, len(running), context, reached)
         for sequence in running:
@@ -116,6 +117,15 @@ def sampling_seconds(
         cached -= sum(prompt + wanted for done, wanted in running if done >= wanted)
         running = [sequence for sequence in running if sequence[0] < sequence[1]]
     return seconds
+
+
+def batch_seconds(
+    server: Server, prompt: float, lengths: Sequence[float], count: int, concurrency: int, reached: Efficiency
+) -> float:
+    """`sampling_seconds` of `count` completions on a server, whose lengths are spread as those given (any number of them)."""
+    followed = min(count, MOST)
+    share = share_of_server(lengths, followed)
+    return sampling_seconds(server, prompt, share, concurrency, reached) * count / followed
 
 
 def spread_lengths(mean: float, longest: int, count: int, spread: float = 0.7) -> list[float]:
