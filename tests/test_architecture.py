@@ -46,8 +46,20 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "sweep": BASE | {"run.directory"},
     "commands": BASE
-    | {"analysis", "cluster", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},
+    | {
+        "analysis",
+        "cluster",
+        "evaluation",
+        "machine",
+        "plan",
+        "policy",
+        "run",
+        "run.directory",
+        "sweep",
+        "train",
+    },
     "__main__": {"commands"},
     "__init__": set(),
 }

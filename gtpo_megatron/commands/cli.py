@@ -23,6 +23,8 @@ from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
 from gtpo_megatron.commands.submit import submit
+from gtpo_megatron.commands.sweep import EPILOG as SWEEP_EPILOG
+from gtpo_megatron.commands.sweep import sweep
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import MISTAKE, UserError
 from gtpo_megatron.run.logs import quiet_libraries
@@ -45,6 +47,7 @@ app.command(epilog=ANALYSE_EPILOG)(analyse)
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
+app.command(epilog=SWEEP_EPILOG)(sweep)
 
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
 
