@@ -1,5 +1,6 @@
 """The plan of a recipe: its parts, its search, and what is said where it cannot stand."""
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -150,3 +151,21 @@ def test_what_cannot_stand_names_the_nearest_that_does(
 ) -> None:
     code, _, err = run(["plan", RECIPE, MODEL, *arguments], capsys)
     assert code == 2 and said in " ".join(err.split())
+
+
+def test_the_scaling_page_has_the_programs_figures() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "make_scaling_docs", ROOT / "tools" / "make_scaling_docs.py"
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    lines = tool.PAGE.read_text(encoding="utf-8").splitlines()
+    assert all(
+        any(f"| {model} | {gpus} |" in line for line in lines) for model in tool.MODELS for gpus in tool.GPUS
+    )
+    for model, gpus in (
+        ("Llama-3.1-70B-Instruct", 64),
+        ("Qwen3-30B-A3B", 128),
+        ("Llama-3.1-70B-Instruct", 8),
+    ):
+        assert tool.row(model, gpus) in lines, "run tools/make_scaling_docs.py"
