@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu
+from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu, published_shape
 
 if TYPE_CHECKING:
     from gtpo_megatron.plan.estimate import Candidate, Plan
@@ -93,7 +93,12 @@ def _recipe(
     gpu = find_gpu(kind)
     config = load_recipe(recipe, settings)
     tokens = completion_lengths(config, source)
-    shape = read_shape(config.model.path)
+    path = config.model.path
+    shape = None if Path(path).is_dir() else published_shape(path)
+    if shape is None:
+        shape = read_shape(path)
+    else:
+        typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
     gpus = gpus or smallest_world(config.parallel)
     if config.model.fp8 != "none" and gpu.fp8 is None:
         raise UserError(f"model.fp8: {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=none")

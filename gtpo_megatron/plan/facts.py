@@ -181,6 +181,43 @@ def of_shape(shape: HFShape, name: str) -> Model:
     )
 
 
+def published_shape(path: str) -> HFShape | None:
+    """The shape of a hub name that models.yaml knows, of a family that is trained here; None for any other path.
+
+    Position limits are not among the published sizes; a plan has no use for them, and the shape says 0.
+    """
+    model = _models().get(_key(path.rpartition("/")[2]))
+    architecture = model and next((a for start, a in _FAMILIES.items() if model.name.startswith(start)), None)
+    if model is None or architecture is None:
+        return None
+    mixture = "Qwen3MoeForCausalLM" if model.experts else architecture
+    return HFShape(
+        architecture=mixture,
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        ffn=model.ffn,
+        vocab=model.vocab,
+        max_positions=0,
+        tied=model.tied,
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        experts=model.experts,
+        experts_per_token=model.experts_per_token,
+        expert_ffn=model.expert_ffn,
+    )
+
+
+_FAMILIES = {
+    "Llama-3": "LlamaForCausalLM",
+    "SmolLM2": "LlamaForCausalLM",
+    "Qwen2.5": "Qwen2ForCausalLM",
+    "Qwen3": "Qwen3ForCausalLM",
+}
+
+
 def find_gpu(name: str) -> GPU:
     """A GPU by its name or an alias, in any case. Raises UserError with the nearest name."""
     return _find(name, _gpus(), "GPU")

@@ -121,6 +121,13 @@ def test_a_plan_for_1024_gpus_answers(capsys: pytest.CaptureFixture[str]) -> Non
     assert set(plan["uncertainty"]) == {"memory", "training", "step"}
 
 
+def test_a_hub_name_needs_no_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(["plan", RECIPE, "--gpus", 64, "--json"], capsys)
+    assert code == 0 and "its published shape is taken" in err
+    _, of_config, _ = run(["plan", RECIPE, MODEL, "--gpus", 64, "--json"], capsys)
+    assert json.loads(out) == json.loads(of_config)
+
+
 def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     path = f"model.path={CONFIGS / 'Qwen3-30B-A3B'}"
     code, out, _ = run(["plan", MIXTURE, path, "--gpus", 32], capsys)

@@ -4,16 +4,19 @@ import csv
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gtpo_megatron.commands.cli import main
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.plan.facts import find_gpu, find_model
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.facts import find_gpu, find_model, published_shape
 from gtpo_megatron.plan.published import Comparison, compare, compare_row
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "tests" / "fixtures" / "configs"
 FILE = ROOT / "tests" / "fixtures" / "published-h100.csv"
 BOUNDS = {"dense": 0.15, "mixture": 0.40, "rl": 0.25, "memory": 0.05, "serving": 0.25}
 
@@ -75,6 +78,18 @@ def test_a_row_that_is_not_modelled_says_why(column: str, value: str, reason: st
     (comparison,) = compare_row(row | {column: value})
     assert comparison.predicted is None and comparison.error is None
     assert reason in comparison.reason
+
+
+@pytest.mark.parametrize("directory", sorted(path.name for path in CONFIGS.iterdir()))
+def test_published_shapes_are_those_of_config_json(directory: str) -> None:
+    own = read_shape(str(CONFIGS / directory))
+    unused = {"max_positions": 0} | ({"ffn": 0} if own.experts else {})
+    assert published_shape(f"someone/{directory}") == replace(own, **unused)
+
+
+def test_a_family_that_is_not_trained_here_has_no_shape() -> None:
+    assert published_shape("deepseek-ai/DeepSeek-V3") is None
+    assert published_shape("nobody/Nothing-1B") is None
 
 
 def test_spellings_of_a_model_and_a_machine() -> None:
