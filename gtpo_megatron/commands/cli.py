@@ -21,6 +21,8 @@ from gtpo_megatron.commands.compare import compare
 from gtpo_megatron.commands.convert import convert_app
 from gtpo_megatron.commands.evaluate import EPILOG as EVALUATE_EPILOG
 from gtpo_megatron.commands.evaluate import evaluate
+from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
+from gtpo_megatron.commands.plan import plan
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
@@ -48,6 +50,7 @@ app.add_typer(convert_app, name="convert")
 app.command(epilog=ANALYSE_EPILOG)(analyse)
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
+app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
 app.command(epilog=SWEEP_EPILOG)(sweep)
