@@ -10,14 +10,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from gtpo_megatron.config import LoraConfig, ParallelConfig, RunConfig
-from gtpo_megatron.config.loading import save_config
+from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import check_run, read_shape
+from gtpo_megatron.plan.estimate import Plan, completion_lengths, make_plan
+from gtpo_megatron.plan.facts import efficiency, find_gpu
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes
 from gtpo_megatron.plan.lora import adapter_parameters, target_sizes
 from gtpo_megatron.run.identity import check_directory
 from tests.plan.test_checks import CPU
 
+ROOT = Path(__file__).parents[2]
 RANK = 4
 
 
@@ -182,3 +185,30 @@ def test_the_cost_of_adapters(tiny_checkpoint: Callable[[str], Path]) -> None:
     count = rank_parameters(shape, parallel, 0)
     state = rank_state_bytes(count, parallel, 4, bf16=True, distributed_optimizer=False, adapters=adapters)
     assert state == 2 * count.total + 18 * adapters
+
+
+def planned(*overlays: str) -> Plan:
+    """The paper's Llama run on four GPUs, under overlays of its folder."""
+    recipes = [ROOT / "recipes" / "paper" / f"{name}.yaml" for name in ("llama-3.1-8b-bf16", *overlays)]
+    model = f"model.path={ROOT / 'tests' / 'fixtures' / 'configs' / 'Llama-3.1-8B-Instruct'}"
+    config = load_config(recipes, [model])
+    shape = read_shape(config.model.path)
+    return make_plan(config, shape, 4, find_gpu("h100-sxm"), completion_lengths(config, None), efficiency())
+
+
+def test_the_plan_of_a_run_with_adapters() -> None:
+    full, lora = planned(), planned("lora")
+    one, other = full.worst, lora.worst
+    adapters = other.gradients / 4
+    assert adapters == 32 * 64 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)) / 4
+    assert other.optimizer == 12 * adapters
+    assert other.weights == one.weights + 2 * adapters
+    assert other.activations == one.activations
+    assert lora.step.training.matmul < full.step.training.matmul
+    assert lora.step.training.optimizer == 0 < full.step.training.optimizer
+
+
+def test_a_kl_term_costs_a_pass_and_no_weights() -> None:
+    assert planned("grpo-kl", "lora").worst.weights == planned("lora").worst.weights
+    assert planned("grpo-kl").worst.weights == 2 * planned().worst.weights
+    assert planned("grpo-kl", "lora").step.scoring > 0

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.lora import adapter_parameters
 from tests.parallel.pool import RankPool
 from tests.policy.lora_jobs import (
     TEMPERATURE,
@@ -238,11 +240,15 @@ def test_peft_and_transformers_load_what_a_run_leaves(
         np.testing.assert_array_equal(started["adapters"][name], weight, err_msg=name)
 
 
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=["tp1", "tp2"])
 def test_the_base_has_neither_gradient_buffers_nor_optimizer_state(
-    base: Path, ranks: RankPool, tmp_path: Path
+    parallel: dict[str, Any], base: Path, ranks: RankPool, tmp_path: Path
 ) -> None:
-    (found,) = ranks.run(1, kept_bytes, lora_config(tmp_path, base), True)
-    assert found["base"] > 4 * found["adapters"] > 0
+    config = lora_config(tmp_path, base, parallel=parallel)
+    found = ranks.run(config.parallel.tensor, kept_bytes, config, True)[-1]
+    planned = adapter_parameters(read_shape(str(base)), config.model.lora, config.parallel, 0)
+    assert found["adapters"] == 4 * planned > 0
+    assert found["base"] > 4 * found["adapters"]
     assert found["adapters"] <= found["gradients"] < 1.1 * found["adapters"]  # buffers are padded
     assert found["moments"] == 2 * found["adapters"]
 
