@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config import LoraConfig, RunConfig
 from gtpo_megatron.run.metrics import read_metrics
 from gtpo_megatron.run.verify_resume import compare
 from tests.parallel.pool import RankPool
 from tests.training_jobs import run_counting_policies, run_training, small_run
 
-LORA = {"rank": 4, "alpha": 8}
+LORA = LoraConfig(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,16 @@ def make(
     model = tiny_checkpoint("llama")
 
     def configure(name: str, steps: int, **sections: Any) -> RunConfig:
-        return small_run(
+        run = small_run(
             directory,
             name,
             model,
             directory / "sums.jsonl",
-            model={"lora": LORA},
             algorithm={"name": "grpo", "kl_beta": 0.1},
             training={"steps": steps},
             **sections,
         )
+        return run.model_copy(update={"model": run.model.model_copy(update={"lora": LORA})})
 
     return configure
 

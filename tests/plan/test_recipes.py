@@ -19,7 +19,7 @@ CONFIGS = ROOT / "tests" / "fixtures" / "configs"
 RECIPES = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if "model:" in path.read_text(encoding="utf-8").splitlines()
+    if re.search(r"^name:.*^model:$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 )
 SUITES = set((ROOT / "recipes" / "eval").glob("*.yaml"))  # no part of a recipe: see tests/evaluation
 OVERLAYS = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(RECIPES) - SUITES)
