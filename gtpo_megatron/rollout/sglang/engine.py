@@ -433,6 +433,10 @@ class SGLangEngine:
             self._pool.snapshot.delete()
         self._stop_loop()
 
+    def waits_for(self) -> str:
+        """The servers that cannot be sampled from, for people; "" if all can. From any thread."""
+        return "; ".join(self._pool.troubles())
+
     def status(self) -> dict[str, str]:
         """State of each server by URL, for people and metrics."""
         return {worker.url: worker.state for worker in self._pool.workers}
