@@ -166,5 +166,9 @@ class EmbeddedEngine:
         if self._aborted.is_set() or self._ended.is_set():
             raise _Aborted
 
+    def waits_for(self) -> str:
+        """Nothing: there is no server."""
+        return ""
+
     def close(self) -> None:
         """Nothing to end."""

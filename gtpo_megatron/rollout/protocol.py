@@ -84,6 +84,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def waits_for(self) -> str:
+        """What it has to wait for beside sampling itself, for people; "" for nothing. From any thread."""
+        ...
+
     def close(self) -> None:
         """End servers and free resources. May be called twice."""
         ...

@@ -3,9 +3,8 @@
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -34,11 +33,12 @@ from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solution
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.directory import Owner
-from gtpo_megatron.run.identity import check_directory, keep_config
+from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.run.signals import StopSignals
+from gtpo_megatron.run.stages import Stages
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -54,9 +54,6 @@ class Run:
         self.path = config.path
         self._stack = ExitStack()
         self.interrupted = False  # a signal cut something short that the next process has to do
-        self.seconds: dict[str, float] = {}  # of this step's stages
-        self._inner_seconds = 0.0  # of the stages inside the one that is open
-        self._stage = ""  # the innermost that is open
         try:
             self._open()
         except BaseException:
@@ -111,6 +108,7 @@ class Run:
         self.owner = Owner(self.path, self.config.training.steps)
         self._stack.push(self._give_free)
         keep_config(self.config)
+        remove_leftovers(self.path)
 
     def _give_free(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, SystemExit):  # asked to stop before the first step: see cluster.ranks
@@ -153,6 +151,8 @@ class Run:
         self.progress: RunProgress = self._stack.enter_context(
             RunProgress(self.config.training.steps, self.config.logging.progress, self.step, self.main)
         )
+        stages = Stages(self.progress, self.owner)
+        self.stage, self.seconds = stages.stage, stages.seconds
         if self.step:
             self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
         for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
@@ -187,11 +187,17 @@ class Run:
         def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
+            self.progress.waits_for = self.engine.waits_for
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
 
-        together(lambda: start() if embedded or self.main else None)
-        self.publish_weights()
+        if not embedded:
+            sglang = config.rollout.sglang
+            which = ", ".join(sglang.urls) or sglang.urls_file or f"starting {sglang.servers}"
+            self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
+        with self.progress.stage("start of the engine"):
+            together(lambda: start() if embedded or self.main else None)
+            self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
         config = self.config
@@ -310,32 +316,6 @@ class Run:
             )
             for group, index in enumerate(self.sampler.next(count), start=first_group)
         ]
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
-        with self.progress.stage(name), self._stage_in_status(name):
-            started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
-            try:
-                yield
-            finally:
-                platform.synchronize()
-                elapsed = time.perf_counter() - started
-                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
-                self._inner_seconds = outer + elapsed
-
-    @contextmanager
-    def _stage_in_status(self, name: str) -> Iterator[None]:
-        if self.owner is None:
-            yield
-            return
-        outer, self._stage = self._stage, name
-        self.owner.stage(name)
-        try:
-            yield
-        finally:
-            self._stage = outer
-            self.owner.stage(outer)
 
     def advance(self) -> None:
         """A step is done."""
