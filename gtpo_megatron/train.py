@@ -51,7 +51,7 @@ def train(config: RunConfig) -> int:
             log.info("step %d: %s", run.step, cut)
         save(run, batches)
         finish(run)
-    if run.main:
+    if run.main and run.step:  # a run may be stopped before there is anything to report
         write_report(run.path)
     return COMPLETE if run.complete else STOPPED
 

@@ -288,7 +288,8 @@ def test_sampling_that_a_signal_cuts_short_is_done_again_by_the_next_process(
     assert json.loads((config.path / "status.json").read_text())["exit_code"] == 3
     assert ranks.run(world, run_training, config) == [0] * world
     assert ranks.run(world, run_training, whole) == [0] * world
-    assert_same_metrics(config, whole)
+    report = compare(metrics_of(config), metrics_of(whole))
+    assert report.exact and report.compared > 60, report.summary()
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(
