@@ -62,6 +62,8 @@ class Findings:
             logged = self.dump.step_metrics.get(step, {})
             return {"entropy": logged.get("entropy/mean"), "gate_pass": logged.get("gate/pass_rate")}
         mean = float(columns["entropy"].mean())
+        if "gate" in columns:
+            return {"entropy": mean, "gate_pass": float(columns["gate"].mean())}
         if self._initial_entropy is None:
             self._initial_entropy = mean
         gate = entropy_gate(torch.from_numpy(columns["entropy"]), self._initial_entropy)
@@ -173,12 +175,15 @@ def _per_completion(examined: Examined) -> dict[str, NDArray]:
         columns["pull"] = coefficient * _sums(pull, batch.offsets) / np.maximum(lengths, 1)
         pull[~examined.in_conflict] = 0.0
         columns["pull_in_conflict"] = coefficient * _sums(pull, batch.offsets) / np.maximum(lengths, 1)
-    if batch.entropies is not None:
+    if batch.mean_entropies is not None:
+        columns["entropy"] = batch.mean_entropies
+    elif batch.entropies is not None:
         columns["entropy"] = _sums(batch.entropies.astype(np.float64), batch.offsets) / np.maximum(lengths, 1)
     for name, values in (
         ("reward", batch.rewards),
         ("truncated", batch.truncated),
         ("staleness", batch.staleness),
+        ("gate", batch.gates),
     ):
         if values is not None:
             columns[name] = values

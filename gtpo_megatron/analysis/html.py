@@ -108,6 +108,13 @@ class Page:
             completion["lp"] = _hundredths(batch.logprobs[at])
         if batch.entropies is not None:
             completion["e"] = _hundredths(batch.entropies[at])
+        if batch.trainer_logprobs is not None:
+            completion["tl"] = _hundredths(batch.trainer_logprobs[at])
+        for name, values in (("h", batch.mean_entropies), ("gate", batch.gates)):
+            if values is not None:
+                completion[name] = _rounded(values[row])
+        if batch.coefficients is not None:
+            completion["k"] = float(f"{batch.coefficients[row]:.4g}")
         if batch.truncated is not None:
             completion["u"] = bool(batch.truncated[row])
         if batch.staleness is not None:
