@@ -16,6 +16,7 @@ from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
+from gtpo_megatron.policy.collective import for_rank_zero
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.seen import TokenWatch, seen_of
@@ -82,6 +83,8 @@ def take_steps(run: Run, batches: Batches) -> None:
                 record(run, trajectories, passed, update, sampled_for)
         with saved_before_giving_up(run, batches):
             stop_after_bad_steps(run, update)
+            if run.config.alarm.action == "stop":
+                for_rank_zero(lambda: run.alarm.check(run.step))
         if evaluation_due(run):
             with saved_before_giving_up(run, batches):
                 evaluate(run)
@@ -183,8 +186,12 @@ def record(
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
     metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
     metrics["memory/peak_gib"] = platform.peak_memory_gib()
-    run.metrics.log(run.step, metrics)
+    said, new = run.alarm.step(metrics) if run.config.algorithm.name != "sft" else ({}, [])
+    run.metrics.log(run.step, metrics | said)
     run.progress.step(run.step, metrics)
+    for alarm in new:
+        log.warning("step %d: alarm %s: %s", run.step, alarm.rule, alarm.text)
+        run.progress.note(f"warning, step {run.step}: {alarm.text} (alarm: {alarm.rule})")
     keep_seen(run, trajectories, passed)
 
 

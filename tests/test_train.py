@@ -48,6 +48,7 @@ METRICS = {
     "response/length_mean",
     "response/length_max",
     "response/truncated",
+    "response/repetition",
     "response/continued",
     "conflict/prefix_mean",
     "conflict/suffix_mean",
@@ -324,6 +325,26 @@ def test_sampling_that_a_signal_cuts_short_is_done_again_by_the_next_process(
     assert ranks.run(world, run_training, whole) == [0] * world
     report = compare(metrics_of(config), metrics_of(whole))
     assert report.exact and report.compared > 60, report.summary()
+
+
+def test_an_alarm_stops_a_run_that_goes_on_if_it_is_told_to(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    def configure(action: str) -> RunConfig:
+        alarm = {"action": action, "baseline": 1, "patience": 2, "entropy_rise": 1e-6}
+        return make("alarmed", training={"steps": 6}, parallel={"pipeline": 2}, alarm=alarm)
+
+    config = configure("stop")
+    codes = ranks.run(2, run_training, config)
+    assert all("step 5: stopped by the alarm (entropy" in code for code in codes)
+    assert [line["alarm/rules"].split(", ")[:1] for line in metrics_of(config)] == [[""]] * 3 + [
+        ["entropy"]
+    ] * 2
+    assert checkpoints(config) == ["step-000005"]
+    assert "step 4: alarm entropy: entropy" in (config.path / "logs" / "rank-0.log").read_text()
+    assert ranks.run(2, run_training, configure("warn")) == [0, 0]
+    assert [line["alarm/firing"] > 0 for line in metrics_of(config)] == [False] * 3 + [True] * 3
+    assert "| entropy | 4 | 6 | 3 |" in (config.path / "summary.md").read_text()
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(

@@ -14,14 +14,11 @@ from gtpo_megatron.algorithm import entropy_gate
 from gtpo_megatron.analysis.conflict import Examined
 from gtpo_megatron.analysis.dump import Dump
 from gtpo_megatron.analysis.tokens import Vocabulary
+from gtpo_megatron.trajectories.analysis import repetition
 
 TOP_STRINGS = 20
 POSITIONS = 32  # counted from each end
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-GRAM = 4
-_PRIMES = np.array(
-    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
-)
 Figures = dict[str, Any]
 
 
@@ -209,25 +206,6 @@ def _step_figures(examined: Examined, columns: Mapping[str, NDArray]) -> Figures
         "repetition": repetition(examined.batch.token_ids, examined.batch.offsets),
         "diversity": diversity(examined.batch.token_ids, examined.batch.offsets, group),
     }
-
-
-def repetition(token_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> float:
-    """Share of runs of 4 tokens that stood earlier in the same completion; 0 where none is so long.
-
-    Runs are compared by 64-bit hashes, so that a figure may be off by about one in 10^7 of a million runs.
-    """
-    if len(token_ids) < GRAM:
-        return 0.0
-    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    count = len(token_ids) - GRAM + 1
-    hashes = row[:count].astype(np.uint64)
-    hashes *= np.uint64(0xD6E8FEB86659FD93)
-    for k, prime in enumerate(_PRIMES):
-        hashes = (hashes ^ (token_ids[k : k + count].astype(np.uint64) + np.uint64(k + 1))) * prime
-        hashes ^= hashes >> np.uint64(29)
-    hashes = hashes[row[:count] == row[GRAM - 1 :]]
-    hashes.sort()
-    return float(np.count_nonzero(hashes[1:] == hashes[:-1]) / max(len(hashes), 1))
 
 
 def diversity(token_ids: NDArray[np.int32], offsets: NDArray[np.int64], group: NDArray[np.int64]) -> float:

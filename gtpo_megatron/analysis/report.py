@@ -147,9 +147,24 @@ def _summary(
         total = sum(stages.values()) or 1.0
         table = [(name, f"{seconds:.2f}", f"{seconds / total:.0%}") for name, seconds in stages.items()]
         lines += ["", "## Seconds per step", "", *markdown_table(("stage", "seconds", "share"), table)]
+    lines += _alarm_section(rows)
     lines += _trajectory_section(TrajectoryStore(run_dir / "trajectories"))
     lines += ["", "## Files", "", *(f"- `{name}`" for name in _files(run_dir)), ""]
     return "\n".join(lines)
+
+
+def _alarm_section(rows: list[dict[str, Metric]]) -> list[str]:
+    """When which rule of the alarm fired; nothing where none did."""
+    fired: dict[str, list[int]] = {}
+    for row in rows:
+        for rule in str(row.get("alarm/rules") or "").split(", "):
+            fired.setdefault(rule, []).append(row["step"])
+    fired.pop("", None)
+    table = [(rule, str(steps[0]), str(steps[-1]), str(len(steps))) for rule, steps in fired.items()]
+    if not table:
+        return []
+    header = ("rule", "first step", "last step", "steps")
+    return ["", "## Alarms", "", "Early warnings of a collapse.", "", *markdown_table(header, table)]
 
 
 def _trajectory_section(store: TrajectoryStore) -> list[str]:

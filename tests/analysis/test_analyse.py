@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.analysis.analyse import analyse
-from gtpo_megatron.analysis.findings import diversity, repetition
+from gtpo_megatron.analysis.findings import diversity
 from gtpo_megatron.commands.cli import main
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.trajectories.analysis import repetition
 from gtpo_megatron.trajectories.seen import Seen, write_seen
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.analysis import dumps
