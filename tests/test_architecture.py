@@ -53,6 +53,8 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "replay.float64": {"errors", "trajectories"},
+    "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
     "sweep": BASE | {"run.directory"},
     "commands": BASE
     | {
@@ -62,6 +64,7 @@ ALLOWED = {
         "machine",
         "plan",
         "policy",
+        "replay",
         "run",
         "run.directory",
         "sweep",

@@ -23,6 +23,8 @@ from gtpo_megatron.commands.evaluate import EPILOG as EVALUATE_EPILOG
 from gtpo_megatron.commands.evaluate import evaluate
 from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
 from gtpo_megatron.commands.plan import plan
+from gtpo_megatron.commands.replay import EPILOG as REPLAY_EPILOG
+from gtpo_megatron.commands.replay import replay
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
@@ -51,6 +53,7 @@ app.command(epilog=ANALYSE_EPILOG)(analyse)
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=PLAN_EPILOG)(plan)
+app.command(epilog=REPLAY_EPILOG)(replay)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
 app.command(epilog=SWEEP_EPILOG)(sweep)
