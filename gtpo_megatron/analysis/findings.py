@@ -50,6 +50,8 @@ class Findings:
             earlier = [np.full(count, np.nan)] if name not in self._terms and count else []
             self._terms.setdefault(name, earlier).append(batch.terms.get(name, missing))
         step = _step_figures(examined, columns) | self._entropy(columns, batch.step)
+        logged = self.dump.step_metrics.get(batch.step, {})
+        step["metrics"] = {name: logged.get(name) for name in _LOGGED} if logged else None
         self.steps.append(step)
         return step
 
@@ -150,6 +152,7 @@ class Findings:
 
 
 _NO_TOKENIZER = "a tokenizer: tokens are shown by their numbers; --tokenizer DIR gives them text"
+_LOGGED = ("loss", "grad_norm", "logprob_gap/max")  # of a run of ours
 _COUNTS = ("completions", "groups", "tokens", "protected_tokens", "amplified_tokens", "groups_without_signal")
 
 
