@@ -112,7 +112,7 @@ def test_what_a_run_did_otherwise_is_found(
     (other / "config.yaml").write_text(text.replace("gamma: 0.1", "gamma: 0.2"))
     for run_dir, beyond in (
         (norm, {"grad_norm"}),
-        (reward, {"loss", "grad_norm", "advantage", "coefficient"}),
+        (reward, {"grad_norm", "advantage", "coefficient"}),  # the loss is a sum of advantages, 0 still
         (other, {"loss", "grad_norm", "coefficient"}),
     ):
         (found,) = ranks.run(1, run_replay, run_dir, 1)
