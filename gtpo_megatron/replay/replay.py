@@ -66,7 +66,7 @@ def replay(
         say: told what is done.
 
     Raises:
-        UserError: no such run or step, a batch that is not stored, supervised training, or several updates a batch.
+        UserError: no such run or step, a batch that is not stored, supervised training, several updates a batch, or adapters.
     """
     config = load_config(run_dir / "config.yaml")
     if config.algorithm.name == "sft":
@@ -74,6 +74,10 @@ def replay(
     if config.algorithm.updates_per_batch != 1:
         raise UserError(
             f"{run_dir}: algorithm.updates_per_batch: a step of several updates cannot be replayed"
+        )
+    if config.model.lora is not None:
+        raise UserError(
+            f"{run_dir}: model.lora: training of adapters cannot be replayed, only that of all weights"
         )
     row = _row(run_dir, step)
     batch = TrajectoryStore(run_dir / "trajectories").read(step - 1)

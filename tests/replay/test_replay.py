@@ -129,7 +129,11 @@ def test_what_cannot_be_replayed_is_said(
     (run_dir / "trajectories" / "step-00000002.parquet").unlink()
     assert "step 3 has to be trained again" in ask(4)
     assert "step 2 is not stored" in ask(3)
-    for section, reason in (("name: gtpo", "name: sft"), ("updates_per_batch: 1", "updates_per_batch: 2")):
+    for section, reason in (
+        ("name: gtpo\n", "name: sft\n"),
+        ("updates_per_batch: 1", "updates_per_batch: 2"),
+        ("lora: null", "lora: {rank: 4, alpha: 4}"),
+    ):
         text = (record("gtpo").path / "config.yaml").read_text()
         assert section in text
         (run_dir / "config.yaml").write_text(text.replace(section, reason))
