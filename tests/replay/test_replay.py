@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from gtpo_megatron.commands.cli import main
 from gtpo_megatron.config import AlgorithmConfig, RunConfig
-from gtpo_megatron.replay import float64
+from gtpo_megatron.replay import float64, replay
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.layout_job import sample_batch
 from tests.parallel.pool import RankPool
@@ -176,3 +177,34 @@ def test_its_parts_are_those_of_the_algorithm(compat: str) -> None:
             assert part.advantage == pytest.approx(float(advantages[row]), abs=1e-12)
             assert part.divisor == float(counts[row] * lengths[row])
             np.testing.assert_array_equal(part.weights.numpy(), weights[row, : lengths[row]].double().numpy())
+
+
+@pytest.mark.parametrize(("difference", "code", "verdict"), [(1e-9, 0, "within"), (1e-2, 1, "BEYOND")])
+def test_the_command_tells_by_its_exit_code(
+    difference: float,
+    code: int,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    checks = (
+        replay.Check("loss", 0.5, 0.5 + difference, difference, 1.0),
+        replay.Check("grad_norm", None, 2.0, None, 2.0),
+    )
+    found = replay.Replay(3, checks, (), ("the run recorded no norm",), 1e-4)
+    asked: list[Any] = []
+    monkeypatch.setattr(replay, "replay", lambda *arguments, **_: asked.append(arguments) or found)
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["replay", str(tmp_path), "--step", "3", *options])
+        assert ended.value.code == code
+        out = capsys.readouterr().out
+        if options:
+            assert json.loads(out)["agrees"] is not bool(code)
+            assert [check["name"] for check in json.loads(out)["checks"]] == ["loss", "grad_norm"]
+        else:
+            assert f"{verdict} the tolerance of 0.0001" in out
+            assert "not compared: the run recorded no norm" in out
+            assert "not recorded" in out
+    assert asked == [(tmp_path, 3, None)] * 2
