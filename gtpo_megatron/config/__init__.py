@@ -5,7 +5,7 @@ from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig, FieldMap
 from gtpo_megatron.config.evaluation import EvaluationConfig
 from gtpo_megatron.config.logging import LoggingConfig
-from gtpo_megatron.config.model import ModelConfig
+from gtpo_megatron.config.model import Fp8Config, ModelConfig
 from gtpo_megatron.config.optimizer import OptimizerConfig
 from gtpo_megatron.config.parallel import ParallelConfig
 from gtpo_megatron.config.rewards import RewardConfig, RewardTerm
@@ -22,6 +22,7 @@ __all__ = [
     "DynamicSampling",
     "EvaluationConfig",
     "FieldMap",
+    "Fp8Config",
     "GateConfig",
     "ImportanceConfig",
     "LoggingConfig",

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with FP8 tensor cores
+# What Transformer Engine's FP8 recipes ask for: compute capability, and the CUDA version that torch is built for.
+FP8_NEEDS = {
+    "tensorwise": (FP8_CAPABILITY, (12, 1)),
+    "delayed": (FP8_CAPABILITY, (12, 1)),
+    "blockwise": ((9, 0), (12, 9)),
+}
 INSTALL_TE = "pip install --no-build-isolation -r requirements/cluster.txt (see the notes there)"
 
 

@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
 
@@ -91,6 +92,7 @@ class Policy:
     chunks: list[nn.Module]  # GPTModel in Float16Module (bf16) in DistributedDataParallel (trained policies)
     vocab_size: int  # real vocabulary; the model's may be padded to a multiple of tensor parallelism
     bf16: bool = field(default=False)
+    alignment: int = field(default=1)  # tokens of every sequence are padded to a multiple of it
 
     @property
     def last_stage(self) -> nn.Module | None:
@@ -159,11 +161,12 @@ def build_policy(
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)
     chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
+    alignment = sequence_alignment(parallel, fp8=model.fp8.enabled)
     if not trained:
         chunks = modules
         for module in modules:
             module.requires_grad_(False).eval()
-    return Policy(bridge, provider, chunks, vocab_size, bf16=model.dtype == "bf16")
+    return Policy(bridge, provider, chunks, vocab_size, bf16=model.dtype == "bf16", alignment=alignment)
 
 
 def _configure(
@@ -183,8 +186,11 @@ def _configure(
     provider.sequence_parallel = parallel.sequence
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     provider.bf16, provider.fp16 = model.dtype == "bf16", False
-    if model.fp8 != "none":
-        provider.fp8, provider.fp8_recipe = model.fp8, "delayed" if model.fp8 == "hybrid" else "tensorwise"
+    if model.fp8.enabled:
+        provider.fp8, provider.fp8_recipe = model.fp8.format, model.fp8.recipe
+        provider.fp8_param = model.fp8.param
+        provider.first_last_layers_bf16 = model.fp8.first_last_bf16
+        provider.num_layers_at_start_in_bf16 = provider.num_layers_at_end_in_bf16 = 1
     # pad the vocabulary no further than tensor parallelism needs; the head masks the padding
     provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.hidden_dropout = provider.attention_dropout = 0.0
@@ -278,6 +284,7 @@ def _data_parallel(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,  # float64: the layout tests
         overlap_grad_reduce=training.overlap_grad_reduce,
         overlap_param_gather=False,
+        fp8_param_gather=bool(config.fp8 and config.fp8_param and distributed_optimizer),
         check_for_nan_in_grad=False,  # the step checks, skips and counts; an assertion would end the run
     )
     return DistributedDataParallel(config, ddp, module, disable_bucketing=index > 0)

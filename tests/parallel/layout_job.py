@@ -73,7 +73,9 @@ def run_layout(
         distributed_optimizer=distributed_optimizer,
     )
     batch = sample_batch()
-    table, micro_batches = deal(batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens)
+    table, micro_batches = deal(
+        policy, batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens
+    )
     entropy = score(policy, micro_batches, len(batch)).completions["entropy"]
     constants = BatchConstants.of(table, algorithm, platform.device())
     group = parallel_state.get_context_parallel_group()

@@ -78,7 +78,7 @@ def steps(config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: rang
     """Train on the numbered batches; (loss, gradient norm, learning rate) of each."""
     done = []
     for number in numbers:
-        micro_batches = pack(batch(number), config.parallel, config.training.micro_batch_tokens)
+        micro_batches = pack(policy, batch(number), config.parallel, config.training.micro_batch_tokens)
         loss = forward_backward(policy, micro_batches, Objective(negative_logprob), 8).loss
         update = apply_update(optimizer, policy, loss)
         done.append((loss, update.grad_norm, update.learning_rate))
