@@ -146,8 +146,11 @@ def build_policy(
     _configure(provider, model, parallel, training, distributed_optimizer)
     if not platform.use_transformer_engine(model.layers):
         _without_transformer_engine(provider)
-    elif provider.deterministic_mode:
-        platform.use_deterministic_kernels()
+    else:
+        # the bridge may ask for it where there is Transformer Engine alone, and the output layer then refuses to be built
+        provider.gradient_accumulation_fusion &= platform.has_fused_weight_gradient()
+        if provider.deterministic_mode:
+            platform.use_deterministic_kernels()
     provider.finalize()
     with contextlib.redirect_stdout(io.StringIO()):  # the bridge prints progress on every rank
         modules = provider.provide_distributed_model(

@@ -100,6 +100,11 @@ def use_transformer_engine(wanted: Literal["auto", "local", "transformer_engine"
     return chosen
 
 
+def has_fused_weight_gradient() -> bool:
+    """Whether apex's kernel is installed that adds a weight's gradient to the gradient buffer as it is computed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def use_deterministic_kernels() -> None:
     """Let Transformer Engine take deterministic attention kernels alone. Call before its layers are built.
 

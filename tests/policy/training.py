@@ -1,5 +1,6 @@
 """A few plain training steps on gloo ranks, with checkpoints: what the checkpoint tests run in the rank pool."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def checkpointer(config: RunConfig, policy: Policy, optimizer: Optimizer) -> Che
     return Checkpointer(config.path / "checkpoints", config, policy, optimizer, config.model.path)
 
 
-def steps(config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: range) -> list[tuple[float, ...]]:
+def steps(
+    config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: Iterable[int]
+) -> list[tuple[float, ...]]:
     """Train on the numbered batches; (loss, gradient norm, learning rate) of each."""
     done = []
     for number in numbers:
