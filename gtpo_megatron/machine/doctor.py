@@ -19,7 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gtpo_megatron.machine.probe import FP8_CAPABILITY, INSTALL_TE, transformer_engine_parts
+from gtpo_megatron.machine.probe import (
+    FP8_CAPABILITY,
+    FUSED_WEIGHT_GRADIENT,
+    INSTALL_TE,
+    transformer_engine_parts,
+)
 
 Status = Literal["ok", "absent", "warning", "error"]
 MARKS: dict[Status, str] = {
@@ -313,7 +318,10 @@ def _apex() -> Iterator[Finding]:
     folder, version = _package_folder("apex"), _version("apex")
     if folder is None and version is None:
         yield Finding(
-            "apex", "absent", "not installed; torch's optimizers are used", advice=f"on GPUs: {INSTALL_APEX}"
+            "apex",
+            "absent",
+            "not installed; Adam is Transformer Engine's or torch's, weight gradients are made and then added to their buffer",
+            advice=f"on GPUs: {INSTALL_APEX}",
         )
         return
     source = origin("apex") if version else str(folder)
@@ -323,8 +331,15 @@ def _apex() -> Iterator[Finding]:
     elif importlib.util.find_spec("amp_C") is None:
         found = f"{version or '?'}, NVIDIA's, built without its CUDA extensions"
         yield Finding("apex", "warning", found, source, f"its fused optimizers are missing; {INSTALL_APEX}")
+    elif importlib.util.find_spec(FUSED_WEIGHT_GRADIENT) is None:
+        found = f"{version or '?'}, NVIDIA's, without {FUSED_WEIGHT_GRADIENT}"
+        advice = (
+            f"weight gradients are made, then added to their buffer; with it in one product. {INSTALL_APEX}"
+        )
+        yield Finding("apex", "ok", found, source, advice)
     else:
-        yield Finding("apex", "ok", f"{version or '?'}, NVIDIA's, with CUDA extensions", source)
+        found = f"{version or '?'}, NVIDIA's, with CUDA extensions; weight gradients are added to their buffer by their product"
+        yield Finding("apex", "ok", found, source)
 
 
 def _package_folder(name: str) -> Path | None:

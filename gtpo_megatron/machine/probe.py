@@ -12,6 +12,7 @@ FP8_NEEDS = {
     "delayed": (FP8_CAPABILITY, (12, 1)),
     "blockwise": ((9, 0), (12, 9)),
 }
+FUSED_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"  # apex's module
 INSTALL_TE = "pip install --no-build-isolation -r requirements/cluster.txt (see the notes there)"
 
 

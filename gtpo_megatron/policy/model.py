@@ -146,11 +146,8 @@ def build_policy(
     _configure(provider, model, parallel, training, distributed_optimizer)
     if not platform.use_transformer_engine(model.layers):
         _without_transformer_engine(provider)
-    else:
-        # the bridge may ask for it where there is Transformer Engine alone, and the output layer then refuses to be built
-        provider.gradient_accumulation_fusion &= platform.has_fused_weight_gradient()
-        if provider.deterministic_mode:
-            platform.use_deterministic_kernels()
+    elif provider.deterministic_mode:
+        platform.use_deterministic_kernels()
     provider.finalize()
     with contextlib.redirect_stdout(io.StringIO()):  # the bridge prints progress on every rank
         modules = provider.provide_distributed_model(
@@ -204,6 +201,7 @@ def _configure(
     provider.moe_router_load_balancing_type = "none"
     # the loss arrives normalised over the whole batch: gradients are summed over ranks, never averaged
     provider.calculate_per_token_loss = True
+    provider.gradient_accumulation_fusion = platform.use_fused_weight_gradient()
     provider.attention_softmax_in_fp32 = True
     provider.deterministic_mode = training.deterministic and platform.HAS_CUDA
     if training.recompute == "full":
@@ -227,7 +225,6 @@ def _configure(
 def _without_transformer_engine(provider: Any) -> None:
     """Megatron-Core's local layers, with torch's attention and norms; the fusions need kernels that are not here."""
     provider.transformer_layer_spec = _local_block_spec
-    provider.gradient_accumulation_fusion = False
     provider.masked_softmax_fusion = provider.bias_activation_fusion = provider.bias_dropout_fusion = False
     provider.apply_rope_fusion = provider.persist_layer_norm = provider.cross_entropy_loss_fusion = False
     provider.moe_grouped_gemm = provider.moe_permute_fusion = False

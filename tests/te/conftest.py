@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,18 @@ def te_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def te_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+def te_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Small checkpoints of a family whose sizes FP8 can take, made once per session."""
-    made: dict[str, Path] = {}
 
-    def make(family: Family) -> Path:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(f"te-{family}")
-            made[family] = make_tiny_checkpoint(
-                folder,
-                family,
-                num_hidden_layers=2,
-                hidden_size=128,
-                intermediate_size=256,
-                initializer_range=0.06,
-            )
-        return made[family]
+    @cache
+    def make(family: Family, layers: int = 2) -> Path:
+        return make_tiny_checkpoint(
+            tmp_path_factory.mktemp(f"te-{family}"),
+            family,
+            num_hidden_layers=layers,
+            hidden_size=128,
+            intermediate_size=256,
+            initializer_range=0.06,
+        )
 
     return make

@@ -33,6 +33,16 @@ def logprobs(config: RunConfig) -> tuple[list[str], list[np.ndarray], dict[str, 
     return names, found, training.weights(policy)
 
 
+def export(config: RunConfig) -> tuple[set[str], dict[str, np.ndarray]]:
+    """Kinds of modules in the policy, and the weights that it exports as it was loaded."""
+    from gtpo_megatron.policy.model import build_policy, initialize_parallel
+
+    initialize_parallel(config.parallel, config.training.seed)
+    policy = build_policy(config.model, config.parallel, config.training, trained=False)
+    kinds = {type(module).__name__ for chunk in policy.chunks for module in chunk.modules()}
+    return kinds, training.weights(policy)
+
+
 def train(config: RunConfig, count: int) -> tuple[list[tuple[float, ...]], str, dict[str, np.ndarray]]:
     """(loss, gradient norm, learning rate) of each step on one batch, Adam's class, and the weights after them."""
     from gtpo_megatron.policy.checkpoint.state import _adams

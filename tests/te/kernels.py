@@ -19,6 +19,7 @@ __all__ = [
     "multi_tensor_adam",
     "multi_tensor_l2norm",
     "multi_tensor_scale",
+    "multi_tensor_scale_tensor",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
 ]
@@ -199,6 +200,10 @@ def _rotated(
 def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
+
+
+def multi_tensor_scale_tensor(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: Tensor) -> None:
+    multi_tensor_scale(chunk, noop, lists, float(scale))
 
 
 def multi_tensor_l2norm(
