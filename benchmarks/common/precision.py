@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,10 @@ def batch(work: Work, vocabulary: int) -> list[Trajectory]:
     return made
 
 
-def measure(variant: str, model: Path, work: Work) -> Measured:
-    """Steps of GTPO on one batch by a policy of `model` on this rank alone."""
+def measure(
+    variant: str, model: Path, work: Work, trajectories: Sequence[Trajectory] | None = None
+) -> Measured:
+    """Steps of GTPO on one batch (a made-up one by default) by a policy of `model` on this rank alone."""
     from gtpo_megatron.policy import platform
     from gtpo_megatron.policy.model import build_policy, initialize_parallel, unwrap
     from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
@@ -103,7 +106,7 @@ def measure(variant: str, model: Path, work: Work) -> Measured:
     section = ModelConfig(path=str(model), dtype="bf16", **VARIANTS[variant])
     policy = build_policy(section, parallel, training)
     optimizer = build_optimizer(OptimizerConfig(lr=1e-5, warmup_steps=0), policy, work.steps)
-    trajectories = batch(work, policy.vocab_size)
+    trajectories = trajectories or batch(work, policy.vocab_size)
     logprobs = np.concatenate(token_logprobs(policy, trajectories, parallel, budget, temperature=1.0))
     algorithm = AlgorithmConfig(gate=GateConfig(mode="off"))
     objective = batch_objective(algorithm, BatchTable.of(trajectories), initial_entropy=1.0)

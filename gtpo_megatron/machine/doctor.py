@@ -24,6 +24,7 @@ from gtpo_megatron.machine.probe import (
     FUSED_WEIGHT_GRADIENT,
     INSTALL_TE,
     transformer_engine_parts,
+    transformer_engine_versions,
 )
 
 Status = Literal["ok", "absent", "warning", "error"]
@@ -292,13 +293,16 @@ def _transformer_engine() -> Iterator[Finding]:
             f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}",
         )
         return
-    versions = {v for v in (meta, *cores.values(), _version("transformer-engine-torch")) if v}
+    versions = transformer_engine_versions()
     built_for = f"for CUDA {' and '.join(cores)}" if cores else "built from source"
     found = f"{meta or next(iter(cores.values()), '?')}, core {built_for}"
+    if len(set(versions.values())) > 1:
+        listed = ", ".join(f"{part} {version}" for part, version in versions.items())
+        problem = f"parts of different versions ({listed}), which breaks `import megatron.core`"
+        yield Finding(name, "error", problem, source, INSTALL_TE)
+        return
     problem = ""
-    if len({_line(v) for v in versions}) > 1:
-        problem = f"parts of different versions: {', '.join(sorted(versions))}"
-    elif len(cores) > 1:
+    if len(cores) > 1:
         problem = "cores for two CUDA versions: uninstall the one that torch is not built for"
     elif cores and (cuda := _torch_cuda()) and cuda.split(".")[0] not in cores:
         problem = f"its core is for CUDA {next(iter(cores))}, torch is built for CUDA {cuda}"

@@ -86,8 +86,8 @@ def test_the_transformer_engine_meta_wheel_without_its_core_is_an_error(install:
         (
             {"cu13": "2.19.0", "torch": "2.20.2"},
             "13.0",
-            "warning",
-            "parts of different versions: 2.19.0, 2.20.2",
+            "error",
+            "parts of different versions (transformer-engine 2.20.2, transformer-engine-cu13 2.19.0, transformer-engine-torch 2.20.2)",
         ),
         (
             {"cu12": "2.20.2", "cu13": "2.20.2", "torch": "2.20.2"},
