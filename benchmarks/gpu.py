@@ -139,13 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "parts", nargs="*", choices=[part.name for part in PARTS], metavar="part", help="default: all"
-    )
+    names = [part.name for part in PARTS]
+    parser.add_argument("parts", nargs="*", default=names, help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy sizes")
     parser.add_argument("--model", type=Path, help="a Hugging Face checkpoint for `steps` and `weights`")
     parser.add_argument("--output", type=Path, help="where the result goes")
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(names):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(names)}")
     seen = look()
     device = seen["device"]
     if device is None and not arguments.rehearse:
@@ -157,11 +158,11 @@ def main() -> None:
     default = ROOT / ".build" / "gpu-rehearsal.json" if arguments.rehearse else RESULTS / f"gpu-{name}.json"
     output = arguments.output or default
     output.parent.mkdir(parents=True, exist_ok=True)
-    console, outcomes = Console(), []
+    console, outcomes = Console(width=max(130, Console().width)), []
     try:
         setting = setting_of(seen, folder, arguments.model, arguments.rehearse)
         for part in PARTS:
-            if arguments.parts and part.name not in arguments.parts:
+            if part.name not in arguments.parts:
                 continue
             console.print(f"{part.name}: {part.shows} ...", highlight=False)
             outcomes.append(attempt(part, setting))
