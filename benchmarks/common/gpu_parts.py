@@ -124,6 +124,7 @@ def quickstart(setting: Setting) -> dict[str, Any]:
         f"model.path={folder}/quickstart-sft/hf",
         f"evaluation.data.path={folder}/inputs/data",
         f"training.steps={steps}",
+        "optimizer.warmup_steps=1",
     )
     shell(*PROGRAM, "train", "recipes/quickstart.yaml", *common, *own)
     rows = metrics(folder / "quickstart")
@@ -204,6 +205,7 @@ def resume(setting: Setting) -> dict[str, Any]:
             f"data.path={folder}/inputs/data",
             "evaluation.data=null",
             "training.steps=2",
+            "optimizer.warmup_steps=1",
         )
         found[name] = shell(*PROGRAM, "verify-resume", folder / name).strip()
     return found
@@ -231,6 +233,7 @@ def transfer(setting: Setting) -> dict[str, Any]:
         "evaluation.data=null",
         "rollout.engine=sglang",
         "training.steps=2",
+        "optimizer.warmup_steps=1",
     )
     rows = metrics(folder / "quickstart")
     keys = ("seconds/weights", "seconds/rollout", "mismatch/mean_abs", "mismatch/max_abs")
