@@ -22,6 +22,8 @@ def fp8_settings_problems(config: RunConfig) -> Iterator[str]:
         yield f"model.fp8.format: {fp8.format} needs model.dtype: bf16, not {config.model.dtype}"
     if config.model.layers == "local":
         yield f"model.fp8.format: {fp8.format} needs Transformer Engine's layers, not model.layers: local"
+    if config.model.lora:
+        yield f"model.fp8.format: {fp8.format} with model.lora is not supported; set model.fp8=none or model.lora=null"
     if fp8.recipe == "delayed":
         yield from _delayed_problems(config)
 

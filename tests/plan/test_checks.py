@@ -256,6 +256,14 @@ def test_fp8_settings_that_contradict_each_other(
     assert [text.startswith(named or "") for text in problems] == ([True] if named else [])
 
 
+def test_fp8_with_adapters_is_refused(build: Callable[..., RunConfig]) -> None:
+    config = build(model={"fp8": "hybrid", "dtype": "bf16", "lora": {}})
+    problems = [text for text in settings_problems(config) if "fp8" in text]
+    assert problems == [
+        "model.fp8.format: hybrid with model.lora is not supported; set model.fp8=none or model.lora=null"
+    ]
+
+
 def test_the_micro_batch_holds_the_padding_of_fp8(build: Callable[..., RunConfig]) -> None:
     sections = {
         "training": {"micro_batch_tokens": 190},
