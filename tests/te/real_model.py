@@ -19,7 +19,7 @@ from gtpo_megatron.trajectories.record import Trajectory
 from tests.parallel.pool import RankPool
 from tests.te import standin
 
-WORK = precision.Work(groups=4, group_size=4, completion=96, micro_batch_tokens=2048, steps=3)
+WORK = precision.Work(groups=2, group_size=4, completion=64, micro_batch_tokens=2048, steps=3)
 
 
 def sampled(model: Path, questions: Sequence[str], work: precision.Work) -> list[Trajectory]:
@@ -68,7 +68,7 @@ def sampled(model: Path, questions: Sequence[str], work: precision.Work) -> list
 
 def table(measured: dict[str, precision.Measured]) -> str:
     """A row for each format, as Markdown."""
-    baseline = measured["local-bf16"]
+    baseline = measured[precision.BASELINE]
     lines = [
         "| format | mean abs gap | 99% below | largest | signed mean | losses of three steps | gradient norms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -89,20 +89,24 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts", type=Path)
-    parser.add_argument("output", type=Path, help="JSON of what was measured")
+    parser.add_argument("output", type=Path, help="the table, as Markdown; written after every format")
+    parser.add_argument("--formats", nargs="+", choices=precision.VARIANTS, default=list(precision.VARIANTS))
     arguments = parser.parse_args()
     lines = arguments.prompts.read_text("utf-8").splitlines()[: WORK.groups]
     questions = [json.loads(line)["question"] for line in lines]
     with multiprocessing.get_context("spawn").Pool(1) as process:  # its memory is given back
         trajectories = process.apply(sampled, (arguments.model, questions, WORK))
     measured = {}
+    pool = RankPool(standin.install)
     for name in precision.VARIANTS:
-        pool = RankPool(standin.install)
+        if name != precision.BASELINE and name not in arguments.formats:
+            continue
         (measured[name],) = pool.run(1, precision.measure, name, arguments.model, WORK, trajectories)
-        pool.close()
         print(name, measured[name].losses, flush=True)
-        text = f"{sum(len(t.token_ids) for t in trajectories)} tokens\n\n{table(measured)}\n"
+        tokens = sum(len(t.token_ids) for t in trajectories)
+        text = f"{len(trajectories)} completions, {tokens} tokens\n\n{table(measured)}\n"
         arguments.output.write_text(text, "utf-8")
+    pool.close()
     print(arguments.output.read_text("utf-8"))
 
 
