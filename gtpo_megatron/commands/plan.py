@@ -100,8 +100,8 @@ def _recipe(
     else:
         typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
     gpus = gpus or smallest_world(config.parallel)
-    if config.model.fp8 != "none" and gpu.fp8 is None:
-        raise UserError(f"model.fp8: {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=none")
+    if config.model.fp8.enabled and gpu.fp8 is None:
+        raise UserError(f"model.fp8: {config.model.fp8.format}: {gpu.name} has no FP8; set model.fp8=none")
     console = Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
     if searched:
         candidates = search_layouts(config, shape, gpus, gpu, tokens, efficiency())

@@ -258,7 +258,7 @@ def packed_work(
         row=row,
         rows=tokens / micro_batches / row,
         micro_batches=micro_batches,
-        precision="bf16" if config.model.fp8 == "none" else "fp8",
+        precision="fp8" if config.model.fp8.enabled else "bf16",
         recompute=config.training.recompute,
         torch_attention=local,
         eager=local,

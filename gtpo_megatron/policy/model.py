@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import adapters, platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
 
@@ -91,6 +92,7 @@ class Policy:
     chunks: list[nn.Module]  # GPTModel in Float16Module (bf16) in DistributedDataParallel (trained policies)
     vocab_size: int  # real vocabulary; the model's may be padded to a multiple of tensor parallelism
     bf16: bool = field(default=False)
+    alignment: int = field(default=1)  # tokens of every sequence are padded to a multiple of it
     peft: Any = None  # what attached LoRA adapters, if they are what is trained
 
     @property
@@ -170,13 +172,14 @@ def build_policy(
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)
     bf16 = model.dtype == "bf16"
+    alignment = sequence_alignment(parallel, fp8=model.fp8.enabled)
     if not trained:
         for module in modules:
             module.requires_grad_(False).eval()
-        return Policy(bridge, provider, modules, vocab_size, bf16)
+        return Policy(bridge, provider, modules, vocab_size, bf16, alignment)
     peft = adapters.attach(bridge, modules, model.lora, training.seed) if model.lora else None
     chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
-    return Policy(bridge, provider, chunks, vocab_size, bf16, peft)
+    return Policy(bridge, provider, chunks, vocab_size, bf16, alignment, peft)
 
 
 def _configure(
@@ -196,8 +199,11 @@ def _configure(
     provider.sequence_parallel = parallel.sequence
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     provider.bf16, provider.fp16 = model.dtype == "bf16", False
-    if model.fp8 != "none":
-        provider.fp8, provider.fp8_recipe = model.fp8, "delayed" if model.fp8 == "hybrid" else "tensorwise"
+    if model.fp8.enabled:
+        provider.fp8, provider.fp8_recipe = model.fp8.format, model.fp8.recipe
+        provider.fp8_param = model.fp8.param
+        provider.first_last_layers_bf16 = model.fp8.first_last_bf16
+        provider.num_layers_at_start_in_bf16 = provider.num_layers_at_end_in_bf16 = 1
     # pad the vocabulary no further than tensor parallelism needs; the head masks the padding
     provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.hidden_dropout = provider.attention_dropout = 0.0
@@ -208,6 +214,8 @@ def _configure(
     provider.moe_router_load_balancing_type = "none"
     # the loss arrives normalised over the whole batch: gradients are summed over ranks, never averaged
     provider.calculate_per_token_loss = True
+    # adapters are too small for it to matter, and frozen weights have no buffer
+    provider.gradient_accumulation_fusion = not model.lora and platform.use_fused_weight_gradient()
     provider.attention_softmax_in_fp32 = True
     provider.deterministic_mode = training.deterministic and platform.HAS_CUDA
     if training.recompute == "full":
@@ -231,7 +239,6 @@ def _configure(
 def _without_transformer_engine(provider: Any) -> None:
     """Megatron-Core's local layers, with torch's attention and norms; the fusions need kernels that are not here."""
     provider.transformer_layer_spec = _local_block_spec
-    provider.gradient_accumulation_fusion = False
     provider.masked_softmax_fusion = provider.bias_activation_fusion = provider.bias_dropout_fusion = False
     provider.apply_rope_fusion = provider.persist_layer_norm = provider.cross_entropy_loss_fusion = False
     provider.moe_grouped_gemm = provider.moe_permute_fusion = False
@@ -291,6 +298,7 @@ def _data_parallel(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,  # float64: the layout tests
         overlap_grad_reduce=training.overlap_grad_reduce,
         overlap_param_gather=False,
+        fp8_param_gather=bool(config.fp8 and config.fp8_param and distributed_optimizer),
         check_for_nan_in_grad=False,  # the step checks, skips and counts; an assertion would end the run
     )
     return DistributedDataParallel(config, ddp, module, disable_bucketing=index > 0)

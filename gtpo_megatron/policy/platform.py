@@ -100,6 +100,24 @@ def use_transformer_engine(wanted: Literal["auto", "local", "transformer_engine"
     return chosen
 
 
+def use_fused_weight_gradient() -> bool:
+    """Whether the product that gives a weight's gradient adds it to the gradient buffer itself; said in the log on GPUs.
+
+    It saves the gradient's own tensor and a pass over it. Megatron-Core does it by apex's kernel, and Transformer Engine's
+    layers by their own; both only where apex's is found, because Megatron-Core's output layer cannot be built otherwise.
+    """
+    if not HAS_CUDA:
+        return False
+    found = importlib.util.find_spec(probe.FUSED_WEIGHT_GRADIENT) is not None
+    log.info(
+        "weight gradients are %s (apex's %s is %s)",
+        "added to their buffer by the product itself" if found else "made, then added to their buffer",
+        probe.FUSED_WEIGHT_GRADIENT,
+        "installed" if found else "not installed",
+    )
+    return found
+
+
 def use_deterministic_kernels() -> None:
     """Let Transformer Engine take deterministic attention kernels alone. Call before its layers are built.
 

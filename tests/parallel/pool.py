@@ -18,9 +18,13 @@ THREADS = 150
 
 
 class RankPool:
-    """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results."""
+    """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results.
 
-    def __init__(self) -> None:
+    `prepare`, a module-level function, is called once in each worker before any job.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+        self._prepare = prepare
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -69,7 +73,7 @@ class RankPool:
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))
@@ -82,12 +86,14 @@ class RankPool:
         self._workers.clear()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     while True:
         try:
             rank, module, name, args, world_size, store = connection.recv()
