@@ -66,6 +66,7 @@ ALLOWED = {
 # What these look at is the machine, or the tensor in their hands; nothing in them decides how the policy is computed.
 MAY_SAY_CUDA = {
     "policy/platform.py": "the one place that knows",
+    "policy/without_cuda.py": "what it leads to the CPU",
     "machine/doctor.py": "reports what the machine has",
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
