@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "control", "errors"}
+BASE = {"config", "control", "errors", "network", "processes"}
 READERS = {"run.directory", "run.metrics", "trajectories"}  # what a run leaves behind, for those who read it
 # room -> the other rooms of ours that it may import; a file of the package that stands in no room fails
 ALLOWED = {
@@ -18,6 +18,8 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "control": {"errors"},
+    "network": {"errors"},
+    "processes": set(),
     "machine": BASE,
     "cluster": BASE | {"run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
@@ -148,6 +150,15 @@ def test_only_rollout_sglang_speaks_http() -> None:
 def test_train_is_the_algorithm_alone() -> None:
     libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
     assert libraries.isdisjoint({"megatron", "torch", "transformers", "aiohttp"})
+
+
+def test_one_module_kills_process_groups_and_watches_owners() -> None:
+    found = {
+        source.relative_to(PACKAGE).as_posix()
+        for source in SOURCES
+        if any(word in source.read_text(encoding="utf-8") for word in ("killpg", "getppid(", "PDEATHSIG"))
+    }
+    assert found == {"processes.py"}
 
 
 def test_the_cluster_is_seen_without_torch() -> None:

@@ -63,15 +63,16 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Make Megatron's process groups over the world that torch.distributed has."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
-        distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
-    )
+    with platform.gloo_interface():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+            distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 

@@ -20,7 +20,7 @@ from unittest.mock import MagicMock
 import torch
 import torch.distributed as dist
 
-from gtpo_megatron import control
+from gtpo_megatron import control, network
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine import probe
 
@@ -182,8 +182,25 @@ def init_process_group() -> None:
     if HAS_CUDA:
         bound = torch.cuda.device_count() == 1
         torch.cuda.set_device(0 if bound else int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
-    else:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
-    control.group()
+    with gloo_interface():
+        if _launched():
+            dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
+        else:
+            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+        control.group()
+
+
+def gloo_interface() -> contextlib.AbstractContextManager[None]:
+    """For the making of process groups: gloo is to take the network interface by which this rank reaches the others.
+
+    Where the machines of a world call their master by a loopback address, it is left to find one by itself.
+    """
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1") if _launched() else "127.0.0.1"
+    alone = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE") or not _launched()
+    if not alone and network.is_loopback(network.own_address(master)):
+        return contextlib.nullcontext()
+    return network.gloo_towards(master)
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
