@@ -1,7 +1,8 @@
-"""Long-lived worker processes that act as gloo ranks, so that torch and Megatron-Core are imported once per session."""
+"""Long-lived worker processes that act as gloo ranks, forked from one that has imported torch and Megatron-Core."""
 
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import traceback
@@ -21,7 +22,8 @@ class RankPool:
     """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")  # a spawned worker would import for 7 s
+        self._context.set_forkserver_preload(["tests.parallel.imported"])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -83,11 +85,10 @@ class RankPool:
 
 
 def _serve(connection: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    import tests.parallel.imported  # noqa: F401  where the server could not
+
     while True:
         try:
             rank, module, name, args, world_size, store = connection.recv()
