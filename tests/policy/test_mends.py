@@ -52,6 +52,17 @@ def bridge_import(patch: Patch) -> bool:
     return fails_without("megatron.bridge.peft.lora_layers", missing, patch)
 
 
+def peft_stand_ins(patch: Patch) -> bool:
+    return fresh("megatron.bridge.peft.utils").HAVE_TE
+
+
+def peft_recompute(patch: Patch) -> bool:
+    """Whether a later model of the same number is taken for one that was seen."""
+    recompute = fresh("megatron.bridge.peft.recompute")
+    seen = inspect.getsource(recompute.maybe_enable_recompute_inputs_grad)
+    return isinstance(recompute.PEFT_RECOMPUTE_PATCHED, set) and "add(id(" in seen
+
+
 def paged_stash(patch: Patch) -> bool:
     try:
         present = importlib.util.find_spec(core.PAGED_STASH) is not None
@@ -210,6 +221,8 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         expert_gather,
         expert_names,
         vocabulary_padding,
+        peft_stand_ins,
+        peft_recompute,
         paged_stash,
         router_gemm,
         adam_step,

@@ -19,6 +19,8 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
         ((3000, 64), FP64, 151_936, None, None, TilePlan(1024, 512, 64 * MIB - 2 * 1024 * 8 * 512)),
         # 4 MiB hold 1,497 columns of 700 tokens: 5 times 256
         ((3000, 64), FP32, 151_936, 700, None, TilePlan(700, 1280, 64 * MIB - 2 * 700 * 4 * 1280)),
+        # and 257 of 4,080: once
+        ((8192, 1), FP32, 151_936, 4080, None, TilePlan(4080, 256, 64 * MIB - 2 * 4080 * 4 * 256)),
         # no more than a multiple of 256 would leave: 128 as they are
         ((8192, 1), FP32, 151_936, 8192, None, TilePlan(8192, 128, 64 * MIB - 2 * 8192 * 4 * 128)),
         ((3000, 64), FP32, 320, None, None, TilePlan(1024, 320, 64 * MIB - 2 * 1024 * 4 * 320)),

@@ -84,3 +84,10 @@ def test_conflict_shares_add_up_over_completions_and_leave_out_those_without_adv
     )
     assert metrics["conflict/amplified_share"] == pytest.approx(5 / 50)
     assert metrics["conflict/protected_share"] == pytest.approx(4 / 50)
+
+
+def test_a_term_that_a_completion_lacks_counts_as_zero() -> None:
+    metrics = summarise(
+        [trajectory(3, reward_terms={"format": 1.0}), trajectory(3, reward_error="no verdict")]
+    )
+    assert metrics["reward/format"] == 0.5

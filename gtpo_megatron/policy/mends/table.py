@@ -49,6 +49,18 @@ MENDS: dict[str, Mend] = {
         "only grouped experts are renumbered; with local layers each expert-parallel rank loads the first rank's experts",
         "policy/mends/bridge.py",
     ),
+    "peft-stand-ins": Mend(
+        "megatron-bridge",
+        "",
+        "without Transformer Engine, LoRA takes Megatron-Core's empty stand-ins for classes of layers",
+        "policy/adapters.py",
+    ),
+    "peft-recompute": Mend(
+        "megatron-bridge",
+        "",
+        "models that LoRA's recomputation has seen are known by id(), which a later model may have again",
+        "policy/adapters.py",
+    ),
     "vocabulary-padding": Mend(
         "megatron-bridge",
         "<0.6",
