@@ -68,10 +68,11 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
     changes = _changes(rows, window)
 
     summary = run_dir / "summary.md"
-    text = _summary(run_dir, config, rows, changes, window)
     try:
-        plot_run(rows, run_dir / "report.png", title=config["name"])
-        summary.write_text(text, encoding="utf-8")
+        plot_run(
+            rows, run_dir / "report.png", title=config["name"]
+        )  # first: the summary lists the files that there are
+        summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{run_dir}: the report cannot be written there: {error.strerror or error}; copy the run, or make room"
