@@ -29,7 +29,7 @@ SEED ?= 0
 MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang test lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang test numerics lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -68,6 +68,12 @@ test-tier-all: lint
 test-pair-next:
 	@PAIR=next tools/setup_trainer_env.sh
 	@.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS))
+
+numerics: .venv ## the numeric tests with each instruction set that torch has kernels for, and 1 and 2 threads
+	@status=0; for set in default avx2 avx512; do for threads in 1 2; do \
+	  echo "== ATEN_CPU_CAPABILITY=$$set OMP_NUM_THREADS=$$threads"; \
+	  ATEN_CPU_CAPABILITY=$$set OMP_NUM_THREADS=$$threads $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
+	done; done; exit $$status
 
 lint: .venv ## ruff: rules and format
 	@$(BIN)/ruff check --quiet --output-format concise .

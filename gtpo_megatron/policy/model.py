@@ -1,9 +1,7 @@
 """The policy: a Megatron-Core GPTModel, spread over ranks, with weights from and to Hugging Face by Megatron-Bridge."""
 
 import contextlib
-import copy
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,59 +26,16 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import adapters, platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
+from gtpo_megatron.policy.mends import bridge as bridge_mends
 
 with platform.importing_bridge():
     from megatron.bridge import AutoBridge
-    from megatron.bridge.models.conversion import model_bridge, param_mapping
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _mend_bridge() -> None:
-    """Faults of Megatron-Bridge that would load or export wrong weights, each only where it is not mended upstream."""
-    mapping = param_mapping.MegatronParamMapping
-    scatter, gather = mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks
-    to_global = model_bridge._megatron_local_name_to_global
-    columns = param_mapping.ColumnParallelMapping
-    split_rows = columns.hf_to_megatron
-
-    def split_padded(self: Any, hf_weights: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        # it pads the model's vocabulary to a multiple of tensor parallelism, and then refuses to split the checkpoint's
-        if hf_weights is not None and self.megatron_param.endswith(_VOCABULARY_PARAMETERS):
-            missing = -hf_weights.size(0) % self.tp_size
-            hf_weights = nn.functional.pad(hf_weights, (0, 0, 0, missing)) if missing else hf_weights
-        return split_rows(self, hf_weights, *args, **kwargs)
-
-    def scatter_contiguous(self: Any, splits: list[Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
-        # it scatters views; gloo sends their memory as it lies, and o_proj and down_proj would load wrong
-        return scatter(self, [s.contiguous() for s in splits] if splits else splits, *args, **kwargs)
-
-    def gather_experts(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        # 0.3.1 reads the expert's number behind ".weight", as grouped experts are named; the local layers
-        # name it in the middle: experts.local_experts.3.linear_fc1.weight
-        alias = copy.copy(self)
-        alias.megatron_param = _LOCAL_EXPERT.sub(r"\2.weight\1", self.megatron_param)
-        return gather(alias, *args, **kwargs)
-
-    def name_experts(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
-        # 0.3.1 renumbers grouped experts alone: each expert-parallel rank would load the first rank's experts
-        result = to_global(models, config, name, *args, **kwargs)
-        local, named = (re.search(r"local_experts\.(\d+)\.", text) for text in (name, result))
-        rank = parallel_state.get_expert_model_parallel_rank()
-        if local is None or rank == 0 or local[1] != named[1]:
-            return result
-        per_rank = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        return result.replace(local[0], f"local_experts.{rank * per_rank + int(local[1])}.")
-
-    mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks = scatter_contiguous, gather_experts
-    model_bridge._megatron_local_name_to_global = name_experts
-    columns.hf_to_megatron = split_padded
-
-
-_VOCABULARY_PARAMETERS = ("word_embeddings.weight", "output_layer.weight")
-_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # the same at Hugging Face
-_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.(linear_fc\d)\.weight")
-_mend_bridge()
+_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # names of Hugging Face
+bridge_mends.mend()
 
 
 @dataclass(frozen=True)
@@ -120,15 +75,16 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Make Megatron's process groups over the world that torch.distributed has."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
-        distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
-    )
+    with platform.gloo_interface():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+            distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 

@@ -1,7 +1,8 @@
-"""Long-lived worker processes that act as gloo ranks, so that torch and Megatron-Core are imported once per session."""
+"""Long-lived worker processes that act as gloo ranks, forked from one that has imported torch and Megatron-Core."""
 
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import traceback
@@ -15,17 +16,22 @@ TIMEOUT_S = 600
 # Groups of jobs that are done are not all freed, and each keeps a thread of gloo's that polls: a thousand of them took
 # both cores of a small machine. Workers with more threads than this make room for new ones.
 THREADS = 150
+IMPORTED = "tests.parallel.imported"  # by the process that workers are forked from
 
 
 class RankPool:
     """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results.
 
-    `prepare`, a module-level function, is called once in each worker before any job.
+    `prepare`, a module-level function, is called once in each worker before any job, and before Megatron-Core is imported.
     """
 
     def __init__(self, prepare: Callable[[], None] | None = None) -> None:
         self._prepare = prepare
-        self._context = multiprocessing.get_context("spawn")
+        # a spawned worker imports for 7 s; a forked one cannot use a GPU that its parent has seen
+        spawn = prepare is not None or os.path.exists("/dev/nvidiactl")
+        self._context = multiprocessing.get_context("spawn" if spawn else "forkserver")
+        if not spawn:
+            self._context.set_forkserver_preload([IMPORTED])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
