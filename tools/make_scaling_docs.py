@@ -7,8 +7,9 @@ from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_recipe
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import read_shape
-from gtpo_megatron.plan.estimate import Plan, completion_lengths, search
+from gtpo_megatron.plan.estimate import Plan, completion_lengths
 from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu
+from gtpo_megatron.plan.search import search
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"

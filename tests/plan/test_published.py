@@ -80,6 +80,33 @@ def test_a_row_that_is_not_modelled_says_why(column: str, value: str, reason: st
     assert reason in comparison.reason
 
 
+@pytest.mark.parametrize(
+    "start", ["mb-25.09-LLAMA3_70B", "mb-25.11-Qwen3_30B", "nrl-0.6-DeepSeek", "titan-0", "en_qwen3"]
+)
+def test_no_cell_makes_a_traceback(start: str) -> None:
+    row = next(row for row in rows() if row["id"].startswith(start))
+    odd = (
+        "",
+        "0",
+        "-1",
+        "7",
+        "64,64",
+        "nan",
+        "1e9",
+        "9" * 15,
+        "½",
+        "isl 0 osl 0",
+        "concurrency 0",
+        "peak memory . GiB",
+    )
+    odd += ("0 rollouts/step; mean total length 700.5.3", "8 rollouts/step; mean total length 700; TP,PP=0,1")
+    for column in row:
+        for value in odd:
+            for comparison in compare_row(row | {column: value}):
+                assert (comparison.predicted is None) == bool(comparison.reason), (column, value)
+                assert comparison.predicted is None or comparison.predicted > 0, (column, value)
+
+
 @pytest.mark.parametrize("directory", sorted(path.name for path in CONFIGS.iterdir()))
 def test_published_shapes_are_those_of_config_json(directory: str) -> None:
     own = read_shape(str(CONFIGS / directory))
