@@ -149,7 +149,9 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "routing" in out and "GiB on a GPU of stage" in out
     code, out, _ = run(["plan", MIXTURE, path, "--gpus", 8, "--search"], capsys)
     assert code == 0 and "does not fit; most:" in out and "the fastest that fits" in out
-    assert "the shortest step" in out
+    assert "for trainer and servers together" not in out  # on less than 8 nothing fits
+    code, out, _ = run(["plan", MIXTURE, path, "--gpus", 32, "--search"], capsys)
+    assert code == 0 and "32 GPUs for trainer and servers together" in out and "the shortest step" in out
 
 
 @pytest.mark.parametrize(
