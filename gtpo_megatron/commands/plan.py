@@ -242,7 +242,7 @@ def _print_splits(shared: "list[Candidate]", gpus: int, console: Console) -> Non
             f"{made.step.training.total:.2f}",
             f"{made.step.sampling:.1f}",
             f"{made.step.step:.1f}",
-            candidate.reason or "the shortest step",
+            candidate.reason or "the best",
         )
     console.print(table)
 
