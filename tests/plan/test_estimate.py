@@ -199,3 +199,8 @@ def test_the_scaling_page_has_the_programs_figures() -> None:
         ("Llama-3.1-70B-Instruct", 8),
     ):
         assert tool.row(model, gpus) in lines, "run tools/make_scaling_docs.py"
+    text = tool.PAGE.read_text(encoding="utf-8")
+    training = tool.series(text, "training s")
+    assert [gpus for gpus, _ in training["Llama-3.1-70B-Instruct"]] == [32, 64, 128, 256, 512, 1024]
+    assert f"images/{tool.PLOT.name}" in text
+    assert training["Qwen3-30B-A3B"][0] == (8, 21.7) and all(len(training[m]) == 8 for m in tool.MODELS[:2])
