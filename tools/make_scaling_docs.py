@@ -99,15 +99,15 @@ def plot(text: str, path: Path) -> None:
         seconds.plot(*zip(*training, strict=True), color=color, marker="o", linestyle="--")
         points = series(text, "tokens/s/GPU training")[model]
         rate.plot(*zip(*points, strict=True), color=color, marker="o", label=model)
-    seconds.set_ylabel("seconds of a step: sampling (solid), training (dashed)")
+    seconds.set_ylabel("seconds: sampling (solid), training (dashed)")
     rate.set_ylabel("tokens/s/GPU while training")
     for axes in (seconds, rate):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
         axes.set_xlabel("trainer's GPUs (as many again sample)")
-        axes.legend()
         axes.grid(alpha=0.3)
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=len(MODELS))
     figure.savefig(path, dpi=100)
 
 
