@@ -143,6 +143,15 @@ def test_sizes_are_those_that_the_authors_state(name: str, billions: float, acti
     assert working / 1e9 == pytest.approx(active, rel=0.01)
 
 
+def test_rows_of_a_spreadsheet(tmp_path: Path) -> None:
+    """A byte order mark, a column of its own, and a row that is cut short."""
+    header, first, *_ = FILE.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "own.csv").write_text(f"\ufeff{header},colour\r\n{first},red\r\nshort,GRPO step\r\n")
+    whole, short = compare(tmp_path / "own.csv")
+    assert whole == compare(FILE)[0]
+    assert short.reason == "result: '' is no figure"
+
+
 def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read it"):
         compare(tmp_path / "none.csv")
