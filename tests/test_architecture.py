@@ -10,7 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "control", "errors"}
-READERS = {"run.directory", "run.metrics", "trajectories"}  # what a run leaves behind, for those who read it
+READERS = {
+    "run.alarm",
+    "run.directory",
+    "run.metrics",
+    "trajectories",
+}  # what a run leaves behind, for those who read it
 # room -> the other rooms of ours that it may import; a file of the package that stands in no room fails
 ALLOWED = {
     "algorithm": set(),
@@ -28,6 +33,7 @@ ALLOWED = {
     "rollout.sglang": BASE | {"rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
+    "run.alarm": BASE,
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
@@ -39,6 +45,7 @@ ALLOWED = {
         "rewards",
         "rollout",
         "rollout.sglang",
+        "run.alarm",
         "run.metrics",
         "run.progress",
         "run.directory",
@@ -46,6 +53,8 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "replay.float64": {"errors", "trajectories"},
+    "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
     "sweep": BASE | {"run.directory"},
     "commands": BASE
     | {
@@ -55,6 +64,7 @@ ALLOWED = {
         "machine",
         "plan",
         "policy",
+        "replay",
         "run",
         "run.directory",
         "sweep",
