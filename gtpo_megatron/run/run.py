@@ -239,7 +239,7 @@ class Run:
 
     def _certify(self) -> None:
         """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.certificate."""
-        from gtpo_megatron.rollout.sglang.certificate import certify, default_bound
+        from gtpo_megatron.rollout.sglang.audit.certificate import certify, default_bound
 
         config = self.config
         fixed = [

@@ -21,12 +21,12 @@ from transformers import AutoConfig
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Completion, Group, NamedTensor, PromptRequest, SamplingParams
-from gtpo_megatron.rollout.sglang.buckets import Snapshot, pack
+from gtpo_megatron.rollout.sglang.audit.survey import differences, scores
 from gtpo_megatron.rollout.sglang.client import Client, Sample, ServerFault
-from gtpo_megatron.rollout.sglang.pool import Pool, Timing, Worker
-from gtpo_megatron.rollout.sglang.servers import Device, make_launch, resolve_key
-from gtpo_megatron.rollout.sglang.survey import differences, scores
-from gtpo_megatron.rollout.sglang.weights import Link, Transfer
+from gtpo_megatron.rollout.sglang.servers.launch import Device, make_launch, resolve_key
+from gtpo_megatron.rollout.sglang.servers.pool import Pool, Timing, Worker
+from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot, pack
+from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
 from gtpo_megatron.trajectories.record import FinishReason
 
 log = logging.getLogger(__name__)

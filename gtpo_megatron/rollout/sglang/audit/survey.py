@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.sglang.audit.verify import differing_tensors
 from gtpo_megatron.rollout.sglang.client import Refused, ServerFault
-from gtpo_megatron.rollout.sglang.pool import Pool, Worker
-from gtpo_megatron.rollout.sglang.verify import differing_tensors
+from gtpo_megatron.rollout.sglang.servers.pool import Pool, Worker
 
 T = TypeVar("T")
 Answers = dict[str, T | ServerFault | Refused]  # by URL

@@ -16,7 +16,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 
 Device = Literal["cpu", "cuda"]
-STUBS = Path(__file__).parent / "cpu_stubs"
+STUBS = Path(__file__).parents[1] / "cpu_stubs"
 WATCHDOG = Path(__file__).parent / "watchdog.py"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 KEY_VARIABLE = "GTPO_SGLANG_API_KEY"

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang.buckets import Snapshot
+from gtpo_megatron.rollout.sglang.audit.verify import checksums, differing
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
-from gtpo_megatron.rollout.sglang.servers import Launch, Process, end_all
-from gtpo_megatron.rollout.sglang.verify import checksums, differing
-from gtpo_megatron.rollout.sglang.weights import Link, Target, Transfer
+from gtpo_megatron.rollout.sglang.servers.launch import Launch, Process, end_all
+from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot
+from gtpo_megatron.rollout.sglang.weights.transfer import Link, Target, Transfer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

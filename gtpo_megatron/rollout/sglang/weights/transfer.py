@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
-from gtpo_megatron.rollout.sglang.buckets import Bucket, Snapshot
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
-from gtpo_megatron.rollout.sglang.servers import is_loopback
+from gtpo_megatron.rollout.sglang.servers.launch import is_loopback
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Snapshot
 
 Method = Literal["distributed", "tensor", "disk"]
 MOVES_WEIGHTS = (
