@@ -58,7 +58,7 @@ MAY_SAY_CUDA = {
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
     "rollout/sglang/weights/buckets.py": "waits for the stream of a tensor that another thread sends",
-    "rollout/sglang/weights/transfer.py": "NCCL broadcasts on the device of the tensor that it is given",
+    "rollout/sglang/weights/broadcast.py": "NCCL broadcasts on the device of the tensor that it is given",
 }
 
 

@@ -124,11 +124,8 @@ class SGLangEngine:
         tag = f"{self._run_name}:{version}"
         targets = self._run(self._pool.updates.begin())
         # No server is brought to the old weights once an update has begun: their memory takes the new ones.
-        memory = (
-            [bucket.flat for bucket in self._pool.updates.snapshot.buckets]
-            if self._pool.updates.snapshot
-            else []
-        )
+        old = self._pool.updates.snapshot
+        memory = [bucket.flat for bucket in old.buckets] if old is not None else []
         snapshot = Snapshot(
             version, self._directory / f"weights-{version}" if self._on_disk else None, memory
         )

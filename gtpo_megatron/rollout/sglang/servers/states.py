@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gtpo_megatron.rollout.sglang.servers.launch import Process
-from gtpo_megatron.rollout.sglang.weights.transfer import Target
+from gtpo_megatron.rollout.sglang.weights.broadcast import Target
 
 log = logging.getLogger(__name__)
 State = Literal["down", "stale", "suspect", "ready"]

@@ -9,8 +9,9 @@ from gtpo_megatron.rollout.sglang.audit.verify import checksums, differing
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
+from gtpo_megatron.rollout.sglang.weights.broadcast import Target
 from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot
-from gtpo_megatron.rollout.sglang.weights.transfer import Link, Target, Transfer
+from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
 
 
 class Updates:
