@@ -12,7 +12,7 @@ import numpy as np
 from gtpo_megatron.analysis.report import write_report
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
-from gtpo_megatron.evaluation import evaluate_prompts, figures
+from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError

@@ -27,7 +27,7 @@ ALLOWED = {
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
     "rollout.sglang": BASE | {"rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
-    "evaluation": BASE | {"data", "policy", "rewards", "rollout", "trajectories"},
+    "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
@@ -46,8 +46,20 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "sweep": BASE | {"run.directory"},
     "commands": BASE
-    | {"analysis", "cluster", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},
+    | {
+        "analysis",
+        "cluster",
+        "evaluation",
+        "machine",
+        "plan",
+        "policy",
+        "run",
+        "run.directory",
+        "sweep",
+        "train",
+    },
     "__main__": {"commands"},
     "__init__": set(),
 }
@@ -129,7 +141,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py"}
+    assert others == {"run/run.py", "evaluation/engines.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:
