@@ -25,7 +25,20 @@ ALLOWED = {
     "data": BASE,
     "rewards": BASE,
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
-    "rollout.sglang": BASE | {"rollout", "trajectories"},
+    "rollout.sglang.client": BASE | {"rollout", "trajectories"},
+    "rollout.sglang.weights": BASE | {"rollout", "rollout.sglang.client"},
+    "rollout.sglang.servers": BASE | {"rollout.sglang.client", "rollout.sglang.weights"},
+    "rollout.sglang.audit": BASE
+    | {"rollout.sglang.client", "rollout.sglang.servers", "rollout.sglang.weights"},
+    "rollout.sglang": BASE
+    | {
+        "rollout",
+        "rollout.sglang.audit",
+        "rollout.sglang.client",
+        "rollout.sglang.servers",
+        "rollout.sglang.weights",
+        "trajectories",
+    },
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
     "run.metrics": BASE,
@@ -39,6 +52,7 @@ ALLOWED = {
         "rewards",
         "rollout",
         "rollout.sglang",
+        "rollout.sglang.audit",
         "run.metrics",
         "run.progress",
         "run.directory",
@@ -75,9 +89,9 @@ MAY_SAY_CUDA = {
 
 
 def room_of(parts: list[str]) -> str:
-    """policy/step.py -> policy; rollout/sglang/pool.py -> rollout.sglang; train.py -> train."""
-    within = ".".join(parts[:2])
-    return within if within in ALLOWED else parts[0]
+    """policy/step.py -> policy; rollout/sglang/servers/pool.py -> rollout.sglang.servers; train.py -> train."""
+    inner = (".".join(parts[:depth]) for depth in (3, 2))
+    return next((room for room in inner if room in ALLOWED), parts[0])
 
 
 def room(source: Path) -> str:

@@ -242,18 +242,20 @@ class Rehearsal:
         """Whether a server's tensors are those of the last update, whatever it says of its version."""
         return server.held == written(self._weights())
 
-    async def until(self, condition: Callable[[], bool], limit_s: float = 600.0) -> float:
-        """Wait for a condition; the seconds that it took."""
+    async def until(
+        self, condition: Callable[[], bool], limit_s: float = 600.0, step_s: float = 0.01
+    ) -> float:
+        """Wait for a condition, looked at every `step_s`; the seconds that it took."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         while not condition():
             assert self.fleet.failure is None, self.fleet.failure
             assert loop.time() < begun + limit_s, self.states
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(step_s)
         return loop.time() - begun
 
     async def all_ready(self, limit_s: float = 600.0) -> float:
-        return await self.until(lambda: set(self.states) == {"ready"}, limit_s)
+        return await self.until(lambda: set(self.states) == {"ready"}, limit_s, 0.1)
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """The state machine of servers, without servers: every move, what leads to it, patience by a clock that jumps, and chance."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -13,7 +14,7 @@ from gtpo_megatron.rollout.sglang.servers.states import MOVES, Timing, Worker
 from tests.sglang.scripted import ON_DISK, FakeServer, Rehearsal, in_fake_time, rehearsal
 
 TIMING = Timing(health_interval_s=2.0, health_timeout_s=4.0, drain_s=5.0, control_s=3.0, transfer_s=6.0)
-SEQUENCES, FAULTS = 400, 12  # random ones, and of each
+FAULTS = 12  # in a random sequence
 
 
 @pytest.fixture
@@ -95,7 +96,6 @@ def test_a_failed_request_is_examined_and_answered_by_another(moves: list[tuple[
         running.server(0).broken["/generate"] = "erring"
         moves.clear()
         assert await request(running, first) == "run:1"
-        assert running.states == ["suspect", "ready"]
         running.server(0).broken.clear()
         await running.all_ready()
         assert moves == [("ready", "suspect"), ("suspect", "ready")]
@@ -245,13 +245,12 @@ def test_restarts_of_an_owned_server_back_off_and_stop_growing() -> None:
         launch.started.clear()
         launch.dying = 10
         launch.processes[0].end()
+        await running.until(lambda: running.states == ["down"])
         await running.all_ready(limit_s=3600.0)
         times = [time for time, _ in launch.started]
         pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
         assert len(times) == 11
-        assert pauses == sorted(pauses)
-        assert pauses[:4] == pytest.approx([1.0, 2.0, 4.0, 8.0], abs=0.2)
-        assert pauses[-1] == pytest.approx(TIMING.backoff_max_s, abs=0.2)
+        assert pauses == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *[TIMING.backoff_max_s] * 4], abs=0.2)
         assert running.holds_current(running.server(0))
 
     scenario(play, count=1, owned=True)
@@ -352,9 +351,13 @@ def test_one_mistake_in_the_program_reaches_those_who_wait() -> None:
     in_fake_time(play())
 
 
-def test_random_faults_are_survived(moves: list[tuple[str, str]]) -> None:
+@pytest.mark.parametrize("seeds", [range(200), pytest.param(range(200, 5000), marks=pytest.mark.soak)])
+def test_random_faults_are_survived(
+    seeds: range, moves: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever happens: no wrong sample, no lost request, no forbidden move; and once it ends, all are ready again."""
-    for seed in range(SEQUENCES):
+    caplog.set_level(logging.CRITICAL, "gtpo_megatron")  # a warning for each fault
+    for seed in seeds:
         in_fake_time(_random_run(random.Random(seed)))
     assert set(moves) == {(before, after) for before, followers in MOVES.items() for after in followers}
 
@@ -387,6 +390,7 @@ async def _random_run(chance: random.Random) -> None:
                 server.restart()
         await running.all_ready()
         await asyncio.gather(*requests)
+        assert not checking.done(), checking.exception()
         checking.cancel()
         _check(running)
         assert len(answered) == len(requests)

@@ -1,5 +1,6 @@
 """SGLang's HTTP, one typed call each. Nothing else in the project knows its endpoints or field names."""
 
+import ipaddress
 import json
 import uuid
 from collections.abc import Sequence
@@ -184,3 +185,11 @@ def _sample(answer: Any) -> Sample:
         FINISH_REASONS[meta["finish_reason"]["type"]],
         str(meta["weight_version"]),
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

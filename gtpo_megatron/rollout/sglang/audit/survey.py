@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang.audit.verify import differing_tensors
 from gtpo_megatron.rollout.sglang.client import Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
 from gtpo_megatron.rollout.sglang.servers.states import Worker
+from gtpo_megatron.rollout.sglang.weights.verify import differing_tensors
 
 T = TypeVar("T")
 Answers = dict[str, T | ServerFault | Refused]  # by URL

@@ -56,6 +56,7 @@ class Fleet:
     def outdated(self, worker: Worker, held: str) -> None:
         """Take out a worker that answered with other weights than the current ones: it was restarted behind our back."""
         if worker.state == "ready":
+            worker.tag = None
             self.move(worker, "stale", f"holds the weights {held}")
 
     def lose(self, worker: Worker, reason: str) -> None:

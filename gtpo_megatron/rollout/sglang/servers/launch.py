@@ -1,6 +1,5 @@
 """SGLang's processes on this machine: command lines, start, logs, and an end that cannot be forgotten."""
 
-import ipaddress
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from typing import Literal
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.sglang.client import is_loopback
 
 Device = Literal["cpu", "cuda"]
 STUBS = Path(__file__).parents[1] / "cpu_stubs"
@@ -199,14 +199,6 @@ def resolve_key(key: str | None) -> str | None:
     if not os.environ.get(key[4:]):
         raise UserError(f"rollout.sglang.api_key: {key}: the environment variable {key[4:]} is not set")
     return os.environ[key[4:]]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def free_port(host: str) -> int:

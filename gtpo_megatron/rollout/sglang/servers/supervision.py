@@ -119,7 +119,10 @@ class Supervision:
                 return fleet.lose(worker, worker.died)
             pause = min(0.5, timing.health_interval_s)
             try:
-                await asyncio.wait_for(worker.wake.wait(), pause)
+                async with asyncio.timeout(
+                    pause
+                ):  # wait_for swallows an end (Python 3.11) that comes with the event
+                    await worker.wake.wait()
             except TimeoutError:
                 waited += pause
         if worker.wake.is_set() or worker.state != state or not fleet.gate_open:

@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from gtpo_megatron.config import SGLangConfig
-from gtpo_megatron.rollout.sglang.audit.verify import checksums, differing
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
 from gtpo_megatron.rollout.sglang.weights.broadcast import Target
 from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot
 from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
+from gtpo_megatron.rollout.sglang.weights.verify import checksums, differing
 
 
 class Updates:
@@ -112,13 +112,13 @@ class Updates:
         async with self.lock:
             if worker.state != "stale" or self.snapshot is None or fleet.tag is None:
                 return
+            worker.tag = None  # nothing that it says of itself counts until its tensors are known to be right
             transfer = Transfer(self.link, [worker.target], fleet.tag)
             for bucket in self.snapshot.buckets:
                 await transfer.send(bucket)
             done = await transfer.end(self.snapshot)
             if not done:
                 worker.faults += 1
-                worker.tag = None
                 fleet.move(worker, "suspect", transfer.faults[worker.url])
                 return
             try:

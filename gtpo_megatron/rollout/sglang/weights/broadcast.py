@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
-from gtpo_megatron.rollout.sglang.servers.launch import is_loopback
+from gtpo_megatron.rollout.sglang.client import is_loopback
 
 
 @dataclass(frozen=True)
