@@ -46,6 +46,14 @@ def run_training(config: RunConfig) -> int | str:
         return str(error)
 
 
+def run_counting_policies(config: RunConfig) -> tuple[int | str, int]:
+    """The exit code, and how many policies the run has built."""
+    from gtpo_megatron.run import run as module
+
+    with patch.object(module, "build_policy", wraps=module.build_policy) as built:
+        return run_training(config), built.call_count
+
+
 def run_noting_the_store(config: RunConfig) -> tuple[int | str, list[bool]]:
     """The exit code, and for each step whether its batch was stored when training on it began."""
     from gtpo_megatron import train as module
@@ -78,6 +86,26 @@ def run_with_signal(config: RunConfig, rank: int, number: int = signal.SIGTERM) 
     if dist.get_rank() == rank:
         threading.Thread(target=send, daemon=True).start()
     return run_training(config), signal.getsignal(number) == before
+
+
+def run_stopped_in_sampling(config: RunConfig, rank: int, call: int) -> int | str:
+    """The exit code of a run of which one rank gets SIGTERM when its engine begins a batch for the `call`th time."""
+    import torch.distributed as dist
+
+    from gtpo_megatron.rollout.embedded import EmbeddedEngine
+
+    generate, calls = EmbeddedEngine._generate, 0
+
+    def signalled(engine: EmbeddedEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert engine._ended.wait(60)
+        return generate(engine, *arguments)
+
+    with patch.object(EmbeddedEngine, "_generate", signalled):
+        return run_training(config)
 
 
 def run_without_a_last_evaluation(config: RunConfig) -> int | str:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gtpo_megatron.config import RunConfig
@@ -64,14 +65,36 @@ def keep_config(config: RunConfig) -> None:
     save_config(config, path)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Copies of the weights for SGLang servers (a model each), which an owner that was killed could not remove.
+
+    Only the run's owner may call it.
+    """
+    for pattern in ("weights-*", "verify-*"):
+        for copy in (directory / "logs").glob(pattern):
+            if copy.is_dir() and not copy.is_symlink():
+                shutil.rmtree(copy, ignore_errors=True)
+
+
 def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section, value in after.items():
         if section not in RESUMABLE and value != before[section]:
-            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
+            yield from _of_section(section, before[section], value)
         for key in FIXED.get(section, ()):
             if value[key] != before[section][key]:
                 yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
+
+
+def _of_section(section: str, before: Any, after: Any) -> Iterator[str]:
+    """The keys that differ; a value that is no section is named whole."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        yield f"{section}: {_short(before)} there, {_short(after)} here"
+        return
+    for key in before | after:  # free mappings have keys of their own
+        there, here = before.get(key), after.get(key)
+        if there != here:
+            yield from _of_section(f"{section}.{key}", there, here)
 
 
 def _short(value: Any) -> str:

@@ -120,13 +120,18 @@ class Fleet:
                 self._fail_waiters(self.no_server())
             await asyncio.sleep(0.2)
 
-    def no_server(self) -> UserError:
-        """The error of a run without servers."""
-        reasons = "\n".join(
-            f"  {w.url or f'server {w.index}'}: {w.state}, {w.reason}"
+    def troubles(self) -> list[str]:
+        """A line for each server that cannot be sampled from."""
+        return [
+            f"{w.url or f'server {w.index}'}: {w.state}, {w.reason}"
             + (f"; before that: {w.trouble}" if w.trouble not in ("", w.reason) else "")
             for w in self.workers
-        )
+            if w.state != "ready"
+        ]
+
+    def no_server(self) -> UserError:
+        """The error of a run without servers."""
+        reasons = "\n".join(f"  {line}" for line in self.troubles())
         return UserError(
             "no SGLang server has been usable for "
             f"{self._config.no_server_timeout_s:g} s (rollout.sglang.no_server_timeout_s):\n{reasons}"

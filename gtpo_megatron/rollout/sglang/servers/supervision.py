@@ -58,7 +58,9 @@ class Supervision:
             worker.tag = None
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._config.start_timeout_s
-        while not await self._well(worker):
+        while ailment := await self._ailment(worker):
+            if not worker.owned or worker.ever_up:
+                worker.reason = ailment  # of a server that is only starting its log says more
             if worker.process is not None and not worker.process.alive:
                 raise ServerFault(
                     f"ended while starting; {worker.process.log} ends:\n{worker.process.tail(5)}"
@@ -69,13 +71,18 @@ class Supervision:
         await self._admit(worker)
         worker.ever_up = True
 
-    async def _well(self, worker: Worker) -> bool:
-        """Whether a server that is out of use answers; one that an update left paused, this run's or another's, goes on."""
+    async def _ailment(self, worker: Worker) -> str:
+        """Why a server that is out of use does not answer; "" if it does.
+
+        One that an update left paused, this run's or another's, goes on.
+        """
+        patience = self._timing.health_timeout_s
         try:
-            await self._client.call(worker.url, "/continue_generation", {}, self._timing.health_timeout_s)
-        except (ServerFault, Refused):
-            return False
-        return await self._client.healthy(f"{worker.url}/health", self._timing.health_timeout_s)
+            await self._client.call(worker.url, "/continue_generation", {}, patience)
+        except (ServerFault, Refused) as fault:
+            return str(fault)
+        well = await self._client.healthy(f"{worker.url}/health", patience)
+        return "" if well else f"{worker.url}/health does not say that it is ready"
 
     async def _admit(self, worker: Worker) -> None:
         """Decide by the weights that a well server holds whether it may be sampled from."""
@@ -96,7 +103,7 @@ class Supervision:
         for _ in range(patience):
             if worker.died:
                 return self._fleet.lose(worker, worker.died)
-            if await self._well(worker):
+            if not await self._ailment(worker):
                 await asyncio.sleep(self._timing.backoff_s * (worker.faults - 1))
                 return await self._admit(worker)
             await asyncio.sleep(0.5)
