@@ -159,6 +159,10 @@ def written(named: list[NamedTensor]) -> str:
     return "".join(f"{name}: {tensor.tolist()}; " for name, tensor in named)
 
 
+def _weights(version: int) -> list[NamedTensor]:
+    return [(name, torch.full((2,), float(version))) for name in ("first", "second")]
+
+
 @dataclass
 class FakeProcess:
     """A process of a server that is started here."""
@@ -228,19 +232,17 @@ class Rehearsal:
         targets = await self.updates.begin()
         snapshot = Snapshot(self._version)
         transfer = Transfer(self.updates.link, targets, tag)
-        for bucket in pack(self._weights(), 8):
+        for bucket in pack(_weights(self._version), 8):
             snapshot.add(bucket)
             await transfer.send(bucket)
         snapshot.finish()
         done = await transfer.end(snapshot)
         self.updates.end(tag, snapshot, done, transfer.faults)
 
-    def _weights(self) -> list[NamedTensor]:
-        return [(name, torch.full((2,), float(self._version))) for name in ("first", "second")]
-
     def holds_current(self, server: FakeServer) -> bool:
-        """Whether a server's tensors are those of the last update, whatever it says of its version."""
-        return server.held == written(self._weights())
+        """Whether a server's tensors are those that may be sampled from, whatever it says of its version."""
+        assert self.fleet.tag is not None
+        return server.held == written(_weights(int(self.fleet.tag.removeprefix("run:"))))
 
     async def until(
         self, condition: Callable[[], bool], limit_s: float = 600.0, step_s: float = 0.01
