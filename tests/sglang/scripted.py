@@ -147,8 +147,9 @@ class ScriptedClient:
     async def generate(self, url: str, seconds: float = 0.1) -> str:
         """Whose weights a completion of so many seconds would be sampled with."""
         server = await self.reach(url, "/generate", 30.0)
-        assert not server.paused
         await asyncio.sleep(seconds)
+        while server.paused and server.health != "dead":
+            await asyncio.sleep(0.05)
         if server.health == "dead":
             raise ServerFault(f"{url}/generate: connection reset")
         return server.version
