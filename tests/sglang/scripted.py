@@ -115,11 +115,15 @@ class ScriptedClient:
                 raise Refused(f"{url}{path} refused the request (400): a session is open")
             server.open_session, server.received = True, ""
         elif path == "/update_weights_from_tensor":
-            assert server.open_session and server.paused and body is not None
+            assert body is not None
+            if not server.open_session:  # restarted since it was opened
+                raise Refused(f"{url}{path} refused the request (400): no session is open")
             server.held = "of two versions"
             named = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
             server.received += written(named)
         elif path == "/end_weight_update":
+            if not server.open_session:
+                raise Refused(f"{url}{path} refused the request (400): no session is open")
             server.open_session = False
             if server.received:
                 server.held, server.received = server.received, ""
