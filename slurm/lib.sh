@@ -1,11 +1,13 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, run_step, end_attempt
+#   begin_attempt, load_modules, need_file, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt
 #
 # What it leaves in the run's directory:
-#   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ...
+#   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
+#   serving/             the same of the jobs of servers
+#   servers/             a file for each server that is up, and the key that they and the trainer have in common
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -17,9 +19,9 @@ end_job() {
   exit "$code"
 }
 
-# begin_attempt RUN_DIR: makes the folder of this attempt's logs, $attempt_dir.
+# begin_attempt RUN_DIR [attempts|serving]: makes the folder of this attempt's logs, $attempt_dir.
 begin_attempt() {
-  attempts=$1/attempts run_dir=$1 got_term=0
+  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank
   if ! mkdir -p "$attempts" || [ ! -w "$attempts" ]; then
     end_job 2 "mistake: $attempts cannot be written on $(hostname); is it on the shared file system?"
   fi
@@ -47,15 +49,79 @@ need_file() {
   [ -e "$1" ] || end_job 2 "mistake: $2 $1 is not on $(hostname)"
 }
 
+# servers_key RUN_DIR: $GTPO_SERVERS_KEY, by which the trainer's requests are told from those of others; made once for a run.
+servers_key() {
+  local key=$1/servers/.key partial
+  partial=$key.$(hostname).$$
+  mkdir -p "$1/servers"
+  if [ ! -s "$key" ]; then
+    (umask 077; od -A n -t x1 -N 24 /dev/urandom | tr -d ' \n' >"$partial")
+    ln "$partial" "$key" 2>/dev/null # of two that come at once, the first decides
+    rm -f "$partial"
+  fi
+  GTPO_SERVERS_KEY=$(cat "$key")
+  export GTPO_SERVERS_KEY
+}
+
+# split_nodes N: the first N nodes of the job in $serving, the others in $training, as srun's --nodelist takes them.
+# shellcheck disable=SC2034 # used by the files that source this
+split_nodes() {
+  local nodes
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  if [ "${#nodes[@]}" -le "$1" ]; then
+    end_job 2 "mistake: $1 nodes are to serve, and the job has ${#nodes[@]}: no node is left to train"
+  fi
+  serving=$(IFS=,; echo "${nodes[*]:0:$1}")
+  training=$(IFS=,; echo "${nodes[*]:$1}")
+}
+
+# keep_servers RETRIES SRUN...: servers as a step in the background. A step that ends is started again, unless it ended with
+# 0 (the run is complete), 2 (a mistake), or within a minute more than RETRIES times in a row: then run_step ends the ranks.
+keep_servers() {
+  local retries=$1
+  shift
+  trap 'interrupted=1' USR2
+  (
+    trap 'kill "$!" 2>/dev/null; wait; exit 0' TERM
+    quick=0
+    while :; do
+      SECONDS=0
+      "$@" 2>>"$attempt_dir/servers.log" &
+      wait "$!"
+      code=$?
+      if [ "$code" = 0 ]; then exit 0; fi
+      if [ "$SECONDS" -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
+      if [ "$code" = 2 ] || [ "$quick" -gt "$retries" ]; then break; fi
+      say "the servers ended with $code after $SECONDS s; started again"
+    done
+    echo "$code" >"$attempt_dir/servers.ended"
+    while kill -USR2 $$ 2>/dev/null; do
+      sleep 1 &
+      wait "$!"
+    done
+  ) &
+  keeper=$!
+}
+
+# end_servers: ends what keep_servers began.
+end_servers() {
+  if [ -n "${keeper:-}" ]; then
+    kill "$keeper" 2>/dev/null
+    wait "$keeper"
+  fi
+}
+
 # run_step SRUN...: runs a step and waits for it, whatever signals come meanwhile. Sets $step_code to what ended it:
 # the exit code of the first rank that ended badly. srun's own is the highest of all, and those ended in its wake,
 # by a signal, have a higher one.
 run_step() {
-  local code first
+  local code first step
   "$@" 2>"$attempt_dir/srun.log" &
+  step=$!
   while :; do
     interrupted=0
-    wait "$!"
+    if [ -s "$attempt_dir/servers.ended" ]; then kill -TERM "$step" 2>/dev/null; fi
+    wait "$step"
     code=$?
     [ "$interrupted" = 0 ] && break
   done
@@ -64,6 +130,10 @@ run_step() {
   first=${first_end##*exit code }
   step_code=$code
   if [ "$code" != 0 ] && [[ $first =~ ^[0-9]+$ ]]; then step_code=$first; fi
+  if [ "$step_code" != 0 ] && [ -s "$attempt_dir/servers.ended" ]; then
+    step_code=$(cat "$attempt_dir/servers.ended") logs=server
+    first_end=$(grep -E '[^ ]+: tasks? [0-9][0-9,-]*: .*' "$attempt_dir/servers.log" | tail -n 1)
+  fi
 }
 
 # end_attempt RETRIES: acts on $step_code, says what ended the attempt and what comes next, and ends the job.
@@ -113,7 +183,7 @@ attempts_without_a_step() {
 # What the ranks printed as their mistake, in one line.
 message_of_ranks() {
   local log
-  log=$(grep -lm 1 '^gtpo-megatron: ' "$attempt_dir"/rank-*.log 2>/dev/null | head -n 1)
+  log=$(grep -lm 1 '^gtpo-megatron: ' "$attempt_dir/$logs"-*.log 2>/dev/null | head -n 1)
   if [ -n "$log" ]; then
     sed -n '/^gtpo-megatron: /,$p' "$log" | head -n 20 | one_line
   else
@@ -127,7 +197,7 @@ why() { echo "${first_end:-srun ended with $step_code}; logs in $attempt_dir"; }
 show_end_of_log() {
   local rank
   rank=$(sed -n 's/.*tasks\{0,1\} \([0-9][0-9]*\).*/\1/p' <<<"$first_end")
-  if [ -s "$attempt_dir/rank-$rank.log" ]; then tail -n 20 "$attempt_dir/rank-$rank.log"; fi
+  if [ -s "$attempt_dir/$logs-$rank.log" ]; then tail -n 20 "$attempt_dir/$logs-$rank.log"; fi
 }
 
 one_line() { tr -s ' \n' ' '; }

@@ -18,14 +18,15 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "control": {"errors"},
+    "registry": set(),
     "machine": BASE,
-    "cluster": BASE | {"run.directory"},
+    "cluster": BASE | {"registry", "run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
     "rewards": BASE,
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
-    "rollout.sglang": BASE | {"rollout", "trajectories"},
+    "rollout.sglang": BASE | {"registry", "rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "policy", "rewards", "rollout", "trajectories"},
     "run.metrics": BASE,
@@ -36,6 +37,7 @@ ALLOWED = {
         "data",
         "plan",
         "policy",
+        "registry",
         "rewards",
         "rollout",
         "rollout.sglang",
@@ -129,7 +131,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py"}
+    assert others == {"run/run.py", "run/serve.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:

@@ -17,6 +17,8 @@ from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.convert import convert_app
+from gtpo_megatron.commands.serve import EPILOG as SERVE_EPILOG
+from gtpo_megatron.commands.serve import serve
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
@@ -40,6 +42,7 @@ app = typer.Typer(
 
 app.add_typer(convert_app, name="convert")
 app.command(epilog=ANALYSE_EPILOG)(analyse)
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
 

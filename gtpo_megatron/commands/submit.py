@@ -41,6 +41,12 @@ def submit(
     time: Annotated[
         str | None, typer.Option(help="Time limit of a job. Default: the site's.", show_default=False)
     ] = None,
+    servers: Annotated[
+        int, typer.Option(min=0, help="More nodes, of the same job, that run SGLang servers.")
+    ] = 0,
+    servers_job: Annotated[
+        int, typer.Option(min=0, help="Jobs of one node each that run SGLang servers, and may come and go.")
+    ] = 0,
     retries: Annotated[
         int, typer.Option(min=0, help="Times that the job is requeued without a new step.")
     ] = 3,
@@ -58,7 +64,8 @@ def submit(
     from gtpo_megatron.run.identity import check_directory
 
     facts = load_site(site)
-    config = load_recipe(recipe, settings or [])
+    words = settings or []
+    config = load_recipe(recipe, words)
     gpus = facts.gpus_per_node if gpus_per_node is None else gpus_per_node
     in_container = facts.container.kind != "none"
     job = submission.Job(
@@ -71,15 +78,37 @@ def submit(
         time=time or facts.time,
         retries=retries,
         python=facts.python or ("python3" if in_container else sys.executable),
+        servers=servers,
+        servers_jobs=servers_job,
     )
+    if servers or servers_job:
+        config = load_recipe(recipe, [*words, *_servers_settings(config, job)])
     check_allocation(config, job, facts.compute_capability)
     check_directory(config)
     folder = submission.write(job, facts, to_yaml(config))
     typer.echo(f"{job.nodes} nodes x {job.ranks_per_node} ranks: {folder / submission.SCRIPT}")
     if dry_run:
-        typer.echo(shlex.join(submission.command(folder)))
+        for line in submission.commands(folder):
+            typer.echo(shlex.join(line))
         return
-    typer.echo(f"job {submission.submit(folder)}; where it is: gtpo-megatron status {config.path}")
+    typer.echo(f"job {', '.join(submission.submit(folder))}; where it is: gtpo-megatron status {config.path}")
+
+
+def _servers_settings(config: RunConfig, job: "Job") -> list[str]:
+    from gtpo_megatron.cluster.record import KEY_VARIABLE
+    from gtpo_megatron.cluster.submission import servers_settings
+
+    if job.servers and job.servers_jobs:
+        raise UserError(
+            "--servers and --servers-job: servers are in the run's job or in jobs of their own; give one of the two"
+        )
+    if config.rollout.engine != "sglang":
+        raise UserError(
+            f"--servers: SGLang servers, but rollout.engine is {config.rollout.engine}; set rollout.engine=sglang"
+        )
+    section = config.rollout.sglang
+    found = servers_settings(job, section.tensor, section.servers)
+    return found if section.api_key else [*found, f"rollout.sglang.api_key=env:{KEY_VARIABLE}"]
 
 
 def check_allocation(config: RunConfig, job: "Job", capability: float) -> None:

@@ -82,10 +82,10 @@ def test_options_of_the_job_come_after_those_of_the_file(job: Job) -> None:
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
         "--cpus-per-task=12",
+        "--signal=USR1@600",
         "--time=04:00:00",
         "--account=a",
         "--partition=p",
-        "--signal=USR1@600",
         f"--chdir={job.folder}",
         f"--output={job.run}/slurm-%j.log",
         "--exclusive",
@@ -241,3 +241,58 @@ def test_attempts_without_a_new_step(tmp_path: Path, rows: list[str], stuck: int
     done = subprocess.run(["bash", "-c", count], env={"SLURM_JOB_ID": "9"}, capture_output=True, text=True)
     assert done.stdout.strip() == str(stuck), done.stderr
     assert [attempt.number for attempt in read_attempts(tmp_path)] == list(range(1, len(rows) + 1))
+
+
+def test_servers_in_the_job_are_more_nodes_of_it(job: Job) -> None:
+    with_servers = replace(job, servers=2)
+    text = script(with_servers, a_site(), job.run / "submissions" / "1", TEMPLATE)
+    assert "--nodes=6" in options_of(text) and "\nservers=2\n" in text
+    assert submission.scripts_of(with_servers).keys() == {"train.sbatch"}
+
+
+def test_servers_in_jobs_of_their_own_are_an_array(job: Job) -> None:
+    site = a_site(partition="p", cpus_per_rank=4, sbatch=["--mem=0"], sbatch_servers=["--partition=preempt"])
+    folder = write(replace(job, servers_jobs=3), site, "name: trial\n")
+    assert "\nservers=jobs\n" in (folder / "train.sbatch").read_text()
+    assert "--nodes=4" in options_of((folder / "train.sbatch").read_text())
+    asked = options_of((folder / "serve.sbatch").read_text())
+    assert asked[asked.index("--job-name=trial-serve") :] == [
+        "--job-name=trial-serve",
+        "--array=1-3",
+        "--nodes=1",
+        "--gpus-per-node=8",
+        "--cpus-per-task=32",
+        "--time=04:00:00",
+        "--partition=p",
+        f"--chdir={job.folder}",
+        f"--output={job.run}/slurm-%j.log",
+        "--mem=0",
+        "--partition=preempt",
+    ]
+    assert submission.commands(folder) == [
+        ["sbatch", "--parsable", f"{folder}/{name}"] for name in ("train.sbatch", "serve.sbatch")
+    ]
+
+
+@pytest.mark.parametrize("tensor, servers, expected", [(2, 1, 4), (8, 1, 1), (3, 1, 2), (2, 3, 3)])
+def test_a_node_has_as_many_servers_as_it_has_gpus_for(
+    job: Job, tensor: int, servers: int, expected: int
+) -> None:
+    settings = submission.servers_settings(job, tensor, servers)
+    assert settings == [
+        f"rollout.sglang.urls_dir={job.run}/servers",
+        f"rollout.sglang.servers={expected}",
+    ]
+
+
+def test_a_server_larger_than_a_node_is_a_mistake(job: Job) -> None:
+    with pytest.raises(UserError, match="rollout.sglang.tensor: 16, but a node has 8 GPUs"):
+        submission.servers_settings(job, 16, 1)
+
+
+def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) -> None:
+    ask = f'source {SCRIPTS / "lib.sh"}; servers_key {tmp_path}; echo "$GTPO_SERVERS_KEY"'
+    keys = [subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout for _ in range(2)]
+    assert keys[0] == keys[1] and len(keys[0].strip()) == 48 and keys[0].strip().isalnum()
+    assert [path.name for path in (tmp_path / "servers").iterdir()] == [".key"]
+    assert (tmp_path / "servers" / ".key").stat().st_mode & 0o077 == 0

@@ -3,55 +3,19 @@
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
 from gtpo_megatron.run.metrics import read_metrics
+from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
-TRAIN = (sys.executable, "-m", "gtpo_megatron")
-
-
-@pytest.fixture
-def submit(
-    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
-) -> Callable[..., str]:
-    """Submit the recipe by the command line, on two nodes, under a name: the job's number."""
-
-    def call(name: str, *words: str) -> str:
-        command = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", f"name={name}", *words)
-        cluster.run(*command, environment=environment)
-        return job_ids(recipe.parent / "runs" / name)[-1]
-
-    return call
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not after {timeout_s} s: {what}"
-        time.sleep(0.05)
-
-
-def steps(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    return [row["step"] for row in read_metrics(path)] if path.exists() else []
-
-
-def last_line(run: Path, job_id: str) -> str:
-    return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
-
-
-def ended(run: Path) -> list[list[str]]:
-    return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
@@ -61,13 +25,6 @@ def figures(run: Path) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
         for row in read_metrics(run / "metrics.jsonl")
     ]
-
-
-def hold(run: Path, step: int) -> None:
-    """Let the run wait after this step."""
-    partial = run.parent / "hold.partial"
-    partial.write_text(f"{run / 'metrics.jsonl'} {step}")
-    partial.replace(run.parents[1] / "hold")
 
 
 def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.registry import registered
 from gtpo_megatron.rollout.sglang.buckets import Snapshot
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers import Launch, Process, end_all
@@ -106,30 +107,37 @@ class Pool:
 
     async def start(self) -> None:
         """Start or find the servers, and everything that watches over them. Does not wait for them."""
-        if self.config.urls or self.config.urls_file:
+        if self.config.given:
             for url in read_urls(self.config):
                 self._add(url, owned=False)
         else:
             for _ in range(self.config.servers):
                 self._add("", owned=True)
         self._spawn(self, self._watch_waiters())
-        if self.config.urls_file:
-            self._spawn("urls_file", self._watch_urls_file(Path(self.config.urls_file)))
+        if self.config.urls_file or self.config.urls_dir:
+            self._spawn("urls", self._watch_urls())
         if self.config.router:
             self._spawn("router", self._keep_router())
 
     async def wait_started(self) -> None:
-        """Wait until every server answers.
+        """Wait until every server answers; of those that register themselves, until one does.
 
         Raises:
             UserError: a server ended twice, or did not answer within start_timeout_s; with the end of its log.
         """
         deadline = asyncio.get_running_loop().time() + self.config.start_timeout_s
-        while waiting := [w for w in self.workers if not w.ever_up]:
+        while (waiting := [w for w in self.workers if not w.ever_up]) or not self.workers:
             if self._failure is not None:
                 raise self._failure
+            if self.config.urls_dir and len(waiting) < len(self.workers):
+                return
+            if not waiting and asyncio.get_running_loop().time() > deadline:
+                raise UserError(
+                    f"no SGLang server has registered itself in {self.config.urls_dir} for "
+                    f"{self.config.start_timeout_s:g} s (rollout.sglang.start_timeout_s)"
+                )
             failed = [w for w in waiting if w.owned and w.faults >= START_ATTEMPTS]
-            if failed or asyncio.get_running_loop().time() > deadline:
+            if failed or waiting and asyncio.get_running_loop().time() > deadline:
                 worker = (failed or waiting)[0]
                 tail = f"\n{worker.process.log}:\n{worker.process.tail()}" if worker.process else ""
                 raise UserError(
@@ -552,23 +560,21 @@ class Pool:
                 self.router_up = await self.client.healthy(f"{self.router[1]}/readiness", 5.0)
             await asyncio.sleep(0.3)
 
-    async def _watch_urls_file(self, path: Path) -> None:
-        """Follow the file: new URLs are taken in, missing ones let go."""
-        known = path.read_text()
+    async def _watch_urls(self) -> None:
+        """Follow the file, or the folder: new URLs are taken in, missing ones let go."""
+        problem = ""
         while True:
             await asyncio.sleep(1.0)
             try:
-                text = path.read_text()
-                if text == known:
-                    continue
-                known = text
-                urls = read_urls(self.config)
-            except (OSError, UserError) as error:
-                log.warning("%s: the servers stay as they are: %s", path, error)
+                urls = await asyncio.to_thread(read_urls, self.config)
+            except UserError as error:
+                if str(error) != problem:
+                    problem = str(error)
+                    log.warning("the servers stay as they are: %s", problem)
                 continue
             for worker in [w for w in self.workers if w.url not in urls]:
                 self._tasks.pop(worker).cancel()
-                self._lose(worker, f"is no longer in {path}")
+                self._lose(worker, "is no longer among the servers that are given")
                 self.workers.remove(worker)
             for url in urls:
                 if url not in {w.url for w in self.workers}:
@@ -579,8 +585,11 @@ def read_urls(config: SGLangConfig) -> list[str]:
     """The given servers' URLs, without trailing slashes or repetition.
 
     Raises:
-        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none.
+        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none. A urls_dir may be empty:
+            its servers come and go.
     """
+    if config.urls_dir:
+        return [server.url.rstrip("/") for server in registered(Path(config.urls_dir))]
     entries = [(f"rollout.sglang.urls[{i}]", url) for i, url in enumerate(config.urls)]
     if config.urls_file:
         try:
