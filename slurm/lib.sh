@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt
+#   begin_attempt, load_modules, need_file, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt (or end_command)
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
-#   serving/             the same of the jobs of servers
+#   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
 #   servers/             a file for each server that is up, and the key that they and the trainer have in common
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
@@ -19,7 +19,7 @@ end_job() {
   exit "$code"
 }
 
-# begin_attempt RUN_DIR [attempts|serving]: makes the folder of this attempt's logs, $attempt_dir.
+# begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
 begin_attempt() {
   attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank
   if ! mkdir -p "$attempts" || [ ! -w "$attempts" ]; then
@@ -157,6 +157,20 @@ end_attempt() {
          end_job 1 "failed $stuck times without a new step after step $step, not requeued: $(why)"
        fi
        requeue "failed at step $step: $(why)" ;;
+  esac
+}
+
+# end_command RESULT: the same for a command that is not requeued, but submitted again.
+end_command() {
+  local how=$step_code
+  if [ "$got_term" = 1 ] && [ "$step_code" != 0 ]; then how=term; fi
+  echo "$attempt ${SLURM_JOB_ID:-none} $(newest_step) $how" >>"$attempts/ended"
+  case $how in
+    0) end_job 0 "complete: $1" ;;
+    2) end_job 2 "mistake: $(message_of_ranks) Mend it and submit again" ;;
+    term) end_job 3 "asked by Slurm to end (scancel, preemption or time limit): submit again" ;;
+    *) show_end_of_log
+       end_job 1 "failed: $(why)" ;;
   esac
 }
 

@@ -15,6 +15,7 @@ from gtpo_megatron.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 SCRIPT, SERVE, LIBRARY, RECIPE, SITE = "train.sbatch", "serve.sbatch", "lib.sh", "recipe.yaml", "site.yaml"
+AFTERWARDS = ("convert.sbatch", "evaluate.sbatch")  # for a person to submit, e.g. by a dependency
 OPTIONS_MARK = "# --- options of the cluster ---\n"
 FACTS_MARK = "# --- facts of the cluster and of this run ---\n"
 Options = Callable[["Job", Site], Iterator[str]]
@@ -85,6 +86,18 @@ def servers_options(job: Job, site: Site) -> Iterator[str]:
     yield from site.sbatch_servers
 
 
+def command_options(job: Job, site: Site) -> Iterator[str]:
+    """The same for a command of one rank on one node."""
+    yield f"--job-name={job.name}"
+    yield "--nodes=1"
+    yield "--ntasks-per-node=1"
+    if job.gpus_per_node:
+        yield "--gpus-per-node=1"
+    if site.cpus_per_rank:
+        yield f"--cpus-per-task={site.cpus_per_rank}"
+    yield from _options_of_all(job, site)
+
+
 def _options_of_all(job: Job, site: Site) -> Iterator[str]:
     yield f"--time={job.time}"
     for name in ("account", "partition", "qos"):
@@ -96,7 +109,7 @@ def _options_of_all(job: Job, site: Site) -> Iterator[str]:
 
 
 def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
-    """Lines of bash: what train.sbatch and serve.sbatch leave to be said."""
+    """Lines of bash: what the sbatch files leave to be said."""
     container = site.container
     mounts = ",".join(container.mounts)
     srun_options: list[str] = []
@@ -120,7 +133,7 @@ def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
         variables = {"NCCL_SOCKET_IFNAME": site.interface, "GLOO_SOCKET_IFNAME": site.interface}
     for name, value in (variables | site.env).items():
         yield f"export {name}={shlex.quote(value)}"
-    yield f"set -- {shlex.quote(str(job.run))} {shlex.quote(str(submission / RECIPE))}"
+    yield f'set -- {shlex.quote(str(job.run))} {shlex.quote(str(submission / RECIPE))} "$@"'
 
 
 def script(job: Job, site: Site, submission: Path, template: str, asked_of_slurm: Options = options) -> str:
@@ -174,8 +187,9 @@ def write(job: Job, site: Site, recipe: str) -> Path:
 
 
 def scripts_of(job: Job) -> dict[str, Options]:
-    """The sbatch files that are submitted, in this order, and what each asks of Slurm."""
-    return {SCRIPT: options} | ({SERVE: servers_options} if job.servers_jobs else {})
+    """The sbatch files of a submission, and what each asks of Slurm."""
+    servers = {SERVE: servers_options} if job.servers_jobs else {}
+    return {SCRIPT: options} | servers | dict.fromkeys(AFTERWARDS, command_options)
 
 
 def check(file: Path) -> None:

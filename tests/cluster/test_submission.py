@@ -111,7 +111,8 @@ def test_bare_nodes_with_modules_and_variables(job: Job, tmp_path: Path) -> None
     environ = (tmp_path / "words.env").read_text().splitlines()
     expected = {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "NOTE=it's $HOME; `date`", "N=22"}
     assert expected <= set(environ)
-    assert {path.name for path in folder.iterdir()} == {"train.sbatch", "lib.sh", "recipe.yaml", "site.yaml"}
+    written = {"train.sbatch", "convert.sbatch", "evaluate.sbatch", "lib.sh", "recipe.yaml", "site.yaml"}
+    assert {path.name for path in folder.iterdir()} == written
     assert (folder / "recipe.yaml").read_text() == "name: trial\n"
 
 
@@ -247,7 +248,7 @@ def test_servers_in_the_job_are_more_nodes_of_it(job: Job) -> None:
     with_servers = replace(job, servers=2)
     text = script(with_servers, a_site(), job.run / "submissions" / "1", TEMPLATE)
     assert "--nodes=6" in options_of(text) and "\nservers=2\n" in text
-    assert submission.scripts_of(with_servers).keys() == {"train.sbatch"}
+    assert "serve.sbatch" not in submission.scripts_of(with_servers)
 
 
 def test_servers_in_jobs_of_their_own_are_an_array(job: Job) -> None:
@@ -296,3 +297,33 @@ def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) ->
     assert keys[0] == keys[1] and len(keys[0].strip()) == 48 and keys[0].strip().isalnum()
     assert [path.name for path in (tmp_path / "servers").iterdir()] == [".key"]
     assert (tmp_path / "servers" / ".key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "convert.sbatch",
+            ["convert", "megatron-to-hf", "{run}/checkpoints/latest", "{run}/converted", "--x"],
+        ),
+        (
+            "evaluate.sbatch",
+            ["evaluate", "{folder}/recipe.yaml", "rollout.engine=embedded", "model.path={run}/hf", "--x"],
+        ),
+    ],
+)
+def test_commands_after_a_run_have_its_facts(job: Job, tmp_path: Path, name: str, words: list[str]) -> None:
+    folder = write(job, a_site(partition="p"), "name: trial\n")
+    text = (folder / name).read_text()
+    asked = options_of(text)
+    assert asked[asked.index("--no-requeue") + 1 :][:5] == [
+        "--job-name=trial",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        "--time=04:00:00",
+    ]
+    text = text.replace("set -uo pipefail", "set -uo pipefail; set -- --x")  # as a word of sbatch
+    found = srun_of(text, tmp_path)
+    expected = [word.format(run=job.run, folder=folder) for word in words]
+    assert found[found.index("gtpo_megatron") + 1 :] == expected

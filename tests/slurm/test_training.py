@@ -154,3 +154,35 @@ def test_a_job_that_never_makes_a_step_is_requeued_no_more_than_it_may(
     *_, log, line = (run / f"slurm-{job_id}.log").read_text().splitlines()
     assert "END failed 2 times without a new step after step 0, not requeued: node" in line
     assert log == "out of luck"
+
+
+def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhile(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 2)
+    held_out = (f"path={recipe.parent / 'prompts.jsonl'}", "system_prompt=", "max_prompt_tokens=120")
+    job_id = submit("small", "training.steps=4", *(f"evaluation.data.{setting}" for setting in held_out))
+    files = run / "submissions" / "1"
+
+    def after(job: str, name: str, *words: str) -> str:
+        command = ("sbatch", "--parsable", f"--dependency=afterok:{job}", files / name, *words)
+        return cluster.run(*command, environment=environment).stdout.strip()
+
+    conversion = after(job_id, "convert.sbatch", "--no-logits")
+    evaluation = after(conversion, "evaluate.sbatch", f"model.path={run / 'converted'}")
+    refused = after(conversion, "convert.sbatch")  # there is one already
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    cluster.run("scancel", "--signal=USR1", job_id)
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    (run.parents[1] / "hold").unlink()
+    assert cluster.wait_for_job(job_id)["Restarts"] == "1"
+    assert cluster.wait_for_job(evaluation)["JobState"] == "COMPLETED"
+    assert (run / "converted" / "config.json").exists()
+    assert last_line(run, conversion).endswith(f"END complete: {run / 'converted'}")
+    log = run / "evaluating" / "1" / "rank-0.log"
+    assert last_line(run, evaluation).endswith(f"the figures are in {log}")
+    assert f"scoring model.path: {run / 'converted'}" in log.read_text()
+    assert cluster.wait_for_job(refused)["ExitCode"] == f"{MISTAKE}:0"
+    assert "END mistake: gtpo-megatron: " in last_line(run, refused)
