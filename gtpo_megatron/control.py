@@ -4,7 +4,8 @@ It has a gloo group of its own, so that ranks which wait for rank 0 (that waits 
 keeping a GPU busy with a kernel of NCCL's. Each verb moves only what its receiver needs: nothing is gathered by all. A rank
 that fails inside a verb fails on every rank: a value that cannot be pickled is an error, never a hang.
 
-All verbs are collective over the whole world, and cost nothing but the call where the world is one rank.
+All verbs but `post` and `posted` are collective over the whole world, and cost nothing but the call where the world is one
+rank.
 """
 
 import importlib
@@ -79,6 +80,17 @@ def raise_together(error: Exception | None) -> None:
         raise _restored(found) from error
 
 
+def post(word: str) -> None:
+    """Say a word that other ranks may look for (`posted`) whenever they like. Not collective; from any thread."""
+    if dist.get_world_size() > 1:
+        _store().set(word, "1")
+
+
+def posted(word: str) -> bool:
+    """Whether any rank has posted the word in this world. Not collective; from any thread."""
+    return dist.get_world_size() > 1 and bool(_store().check([word]))
+
+
 def broadcast_from_zero(value: T | None = None) -> T:
     """Rank 0's value on every rank; those of the others do not travel."""
     if dist.get_world_size() == 1:
@@ -139,6 +151,10 @@ def gather_to_zero(value: T) -> list[T] | None:
         dist.recv(received, src=source, group=group())
         values.append(_unpacked(received))
     return values
+
+
+def _store() -> dist.Store:
+    return dist.PrefixStore("gtpo_megatron", dist.distributed_c10d._get_default_store())
 
 
 def _packed_together(values: Sequence[Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 from gtpo_megatron.analysis.report import write_report
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
-from gtpo_megatron.evaluation import evaluate_prompts, figures
+from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
@@ -28,6 +28,7 @@ from gtpo_megatron.policy.step import (
 )
 from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.run import Run
+from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.shares import BatchTable
@@ -43,36 +44,48 @@ def train(config: RunConfig) -> int:
     Raises UserError for what the user can mend; whatever was done until then is written.
     """
     with Run(config) as run, Batches(run) as batches:
-        # at the start, or where the last process could not
-        if evaluation_due(run) and not run.is_evaluated():
-            evaluate(run)
-        while run.step < config.training.steps and not run.stop_requested():
-            run.seconds.clear()
-            with saved_before_giving_up(run, batches):
-                trajectories = batches.next()
-                table, micro_batches = dealt(run, trajectories)
-            sampled_for = run.version
-            passed, update = train_on(run, table, micro_batches)
-            run.advance()
-            with saved_before_giving_up(run, batches):
-                try:
-                    with run.stage("weights"):
-                        run.publish_weights()
-                finally:  # a checkpoint never stands ahead of the metrics
-                    record(run, trajectories, passed, update, sampled_for)
-            with saved_before_giving_up(run, batches):
-                stop_after_bad_steps(run, update)
-            if evaluation_due(run):
-                with saved_before_giving_up(run, batches):
-                    evaluate(run)
-            if _due(run.step, config.checkpoint.every):
-                save(run, batches)
-            run.checkpointer.poll()
+        try:
+            take_steps(run, batches)
+        except Interrupted as cut:
+            run.interrupted = True
+            log.info("step %d: %s", run.step, cut)
         save(run, batches)
         finish(run)
-    if run.main:
+    if run.main and run.step:  # a run may be stopped before there is anything to report
         write_report(run.path)
-    return COMPLETE if run.step >= config.training.steps else STOPPED
+    return COMPLETE if run.complete else STOPPED
+
+
+def take_steps(run: Run, batches: Batches) -> None:
+    """All steps that are left, or those until the run is asked to stop. Collective.
+
+    Raises Interrupted, between two steps, when the stop cut sampling short.
+    """
+    # at the start, or where the last process could not
+    if evaluation_due(run) and not run.is_evaluated():
+        evaluate(run)
+    while run.step < run.config.training.steps and not run.stop_requested():
+        run.seconds.clear()
+        with saved_before_giving_up(run, batches):
+            trajectories = batches.next()
+            table, micro_batches = dealt(run, trajectories)
+        sampled_for = run.version
+        passed, update = train_on(run, table, micro_batches)
+        run.advance()
+        with saved_before_giving_up(run, batches):
+            try:
+                with run.stage("weights"):
+                    run.publish_weights()
+            finally:  # a checkpoint never stands ahead of the metrics
+                record(run, trajectories, passed, update, sampled_for)
+        with saved_before_giving_up(run, batches):
+            stop_after_bad_steps(run, update)
+        if evaluation_due(run):
+            with saved_before_giving_up(run, batches):
+                evaluate(run)
+        if _due(run.step, run.config.checkpoint.every):
+            save(run, batches)
+        run.checkpointer.poll()
 
 
 @contextmanager
@@ -201,17 +214,28 @@ def evaluation_due(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> None:
-    """Measure accuracy and format on the held-out prompts, if the run has any."""
+    """Measure accuracy and format on the held-out prompts, if the run has any.
+
+    Raises Interrupted, on every rank, if the run is asked to stop before it is done: figures of a part are no figures.
+    """
     if run.evaluation_prompts is None:
         return
+    raise_if_asked_to_stop(run)
     with run.stage("evaluation"):
         prompts = run.evaluation_prompts.prompts
         sampled = evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
+    raise_if_asked_to_stop(run)
     if run.main:
         result = figures(sampled)
         run.metrics.log(run.step, result)
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in result.items())
         run.progress.note(f"evaluation after step {run.step}: {shown}")
+
+
+def raise_if_asked_to_stop(run: Run) -> None:
+    """Interrupted on every rank if any rank is asked to stop: it samples no more, or not all of what it should."""
+    if run.signals.agree():
+        raise Interrupted("the evaluation is left to the process that goes on")
 
 
 def stop_after_bad_steps(run: Run, update: Update) -> None:
@@ -243,7 +267,7 @@ def finish(run: Run) -> None:
     with run.stage("checkpoint"):
         run.checkpointer.finish()
         run.checkpointer.check_weights()  # also where this process loaded its last checkpoint and trained no step
-        if run.step >= config.training.steps and config.checkpoint.export_hf:
+        if run.complete and config.checkpoint.export_hf:
             export_hf_checkpoint(
                 run.policy,
                 config.model.path,

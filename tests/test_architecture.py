@@ -28,7 +28,7 @@ ALLOWED = {
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
     "rollout.sglang": BASE | {"registry", "rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
-    "evaluation": BASE | {"data", "policy", "rewards", "rollout", "trajectories"},
+    "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
@@ -48,8 +48,20 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "sweep": BASE | {"run.directory"},
     "commands": BASE
-    | {"analysis", "cluster", "evaluation", "machine", "plan", "policy", "run", "run.directory", "train"},
+    | {
+        "analysis",
+        "cluster",
+        "evaluation",
+        "machine",
+        "plan",
+        "policy",
+        "run",
+        "run.directory",
+        "sweep",
+        "train",
+    },
     "__main__": {"commands"},
     "__init__": set(),
 }
@@ -131,7 +143,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py", "run/serve.py"}
+    assert others == {"run/run.py", "run/serve.py", "evaluation/engines.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:

@@ -22,6 +22,7 @@ from tests.training_jobs import (
     reward,
     run_destroying_weights,
     run_noting_the_store,
+    run_stopped_in_sampling,
     run_training,
     run_with_signal,
     run_without_a_last_evaluation,
@@ -261,13 +262,34 @@ def test_sigterm_ends_a_run_that_the_same_command_goes_on_with(
     done = len(metrics_of(config))
     assert 1 <= done < 5
     assert checkpoints(config) == [f"step-{done:06d}"]
-    assert len(stored(config)) == done + 1  # the batch that was being sampled ahead is kept
+    before = [[t.text for t in batch] for batch in stored(config)]
+    assert len(before) in (done, done + 1)  # the batch that was being sampled ahead is kept if it was whole
     assert ranks.run(world, run_training, config) == [0] * world
-    if world == 1:
-        assert_same_metrics(config, stale)
     assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4, 5]
+    assert before == [[t.text for t in batch] for batch in stored(stale)[: len(before)]]
     for batch, other in zip(stored(config), stored(stale), strict=True):
-        assert [t.text for t in batch] == [t.text for t in other]
+        assert [t.prompt_id for t in batch] == [t.prompt_id for t in other]
+    assert stored(config)[done][0].token_versions.max() in (done - 1, done)
+
+
+# the engine's calls: evaluation, two batches, evaluation
+@pytest.mark.parametrize(("world", "rank", "call", "done"), [(1, 0, 1, 0), (2, 1, 3, 1), (1, 0, 4, 2)])
+def test_sampling_that_a_signal_cuts_short_is_done_again_by_the_next_process(
+    world: int, rank: int, call: int, done: int, ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    evaluation = {"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 4, "system_prompt": ""}}
+    sections = {"training": {"steps": 2}, "evaluation": evaluation}
+    sections |= {"parallel": {"pipeline": 2}} if world == 2 else {}
+    config, whole = (make(f"{name}-{call}", **sections) for name in ("cut-short", "left-alone"))
+    assert ranks.run(world, run_stopped_in_sampling, config, rank, call) == [3] * world
+    assert checkpoints(config) == [f"step-{done:06d}"]
+    assert len(stored(config)) == done  # nothing of the batch that was cut short
+    assert [line["step"] for line in metrics_of(config) if "loss" in line] == [1, 2][:done]
+    assert json.loads((config.path / "status.json").read_text())["exit_code"] == 3
+    assert ranks.run(world, run_training, config) == [0] * world
+    assert ranks.run(world, run_training, whole) == [0] * world
+    report = compare(metrics_of(config), metrics_of(whole))
+    assert report.exact and report.compared > 60, report.summary()
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(

@@ -80,6 +80,26 @@ def run_with_signal(config: RunConfig, rank: int, number: int = signal.SIGTERM) 
     return run_training(config), signal.getsignal(number) == before
 
 
+def run_stopped_in_sampling(config: RunConfig, rank: int, call: int) -> int | str:
+    """The exit code of a run of which one rank gets SIGTERM when its engine begins a batch for the `call`th time."""
+    import torch.distributed as dist
+
+    from gtpo_megatron.rollout.embedded import EmbeddedEngine
+
+    generate, calls = EmbeddedEngine._generate, 0
+
+    def signalled(engine: EmbeddedEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert engine._ended.wait(60)
+        return generate(engine, *arguments)
+
+    with patch.object(EmbeddedEngine, "_generate", signalled):
+        return run_training(config)
+
+
 def run_without_a_last_evaluation(config: RunConfig) -> int | str:
     """As `run_training`, but the evaluation after the last step fails."""
     from gtpo_megatron import train as loop

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +15,22 @@ from gtpo_megatron import __version__
 from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
+from gtpo_megatron.commands.arguments import Recipe, Settings
+from gtpo_megatron.commands.compare import EPILOG as COMPARE_EPILOG
+from gtpo_megatron.commands.compare import compare
 from gtpo_megatron.commands.convert import convert_app
+from gtpo_megatron.commands.evaluate import EPILOG as EVALUATE_EPILOG
+from gtpo_megatron.commands.evaluate import evaluate
+from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
+from gtpo_megatron.commands.plan import plan
 from gtpo_megatron.commands.serve import EPILOG as SERVE_EPILOG
 from gtpo_megatron.commands.serve import serve
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
 from gtpo_megatron.commands.submit import submit
+from gtpo_megatron.commands.sweep import EPILOG as SWEEP_EPILOG
+from gtpo_megatron.commands.sweep import sweep
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import MISTAKE, UserError
 from gtpo_megatron.run.logs import quiet_libraries
@@ -42,36 +50,15 @@ app = typer.Typer(
 
 app.add_typer(convert_app, name="convert")
 app.command(epilog=ANALYSE_EPILOG)(analyse)
+app.command(epilog=COMPARE_EPILOG)(compare)
+app.command(epilog=EVALUATE_EPILOG)(evaluate)
+app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
+app.command(epilog=SWEEP_EPILOG)(sweep)
 
 GRACE_S = 10.0  # how long other ranks let rank 0 speak first
-
-
-def complete_setting(incomplete: str) -> list[str]:
-    """Shell completion: dotted keys, YAML files, and folders on the way to one."""
-    from gtpo_megatron.config.loading import known_keys
-
-    keys = [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
-    return [*keys, *glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/")]
-
-
-Recipe = Annotated[
-    Path,
-    typer.Argument(
-        help="Recipe file, e.g. recipes/quickstart.yaml", metavar="RECIPE.yaml", show_default=False
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Overlay files and overrides, in any order: site.yaml optimizer.lr=2e-6 parallel.tensor=2",
-        metavar="OVERLAY.yaml|KEY=VALUE",
-        show_default=False,
-        autocompletion=complete_setting,
-    ),
-]
 
 
 @app.command(
@@ -118,40 +105,6 @@ def train(
     from gtpo_megatron.train import train as run_training
 
     raise typer.Exit(run_training(config))
-
-
-@app.command(epilog="Example: gtpo-megatron evaluate RECIPE.yaml model.path=runs/x/hf evaluation.samples=8")
-def evaluate(recipe: Recipe, settings: Settings = None) -> None:
-    """Score a Hugging Face checkpoint (model.path) on evaluation.data by the embedded engine; prints JSON."""
-    from gtpo_megatron.plan.checks import check_run
-
-    config = _load(recipe, settings)
-    if config.evaluation.data is None:
-        raise UserError(
-            "evaluation.data is missing: say which prompts to evaluate on (evaluation.data.path=...)"
-        )
-    if config.rollout.engine != "embedded":
-        raise UserError(
-            f"rollout.engine: {config.rollout.engine} has no effect on evaluate, which samples by the embedded engine; "
-            "add rollout.engine=embedded"
-        )
-    check_run(config, _env_world_size() or 1)
-    if _rank() == 0:
-        typer.echo(scored(config), err=True)
-    from gtpo_megatron.evaluation import evaluate_checkpoint
-
-    figures = evaluate_checkpoint(config)
-    if _rank() == 0:
-        typer.echo(json.dumps(figures, indent=2))
-
-
-def scored(config: RunConfig) -> str:
-    """Which policy the figures are of, and where the trained one stands if it is another."""
-    line = f"scoring model.path: {config.model.path}"
-    trained = config.path / "hf"
-    if trained.is_dir() and trained.resolve() != Path(config.model.path).resolve():
-        line += f", which this recipe starts from; for the policy that it trained: model.path={trained}"
-    return line
 
 
 @app.command(epilog="Example: gtpo-megatron report runs/quickstart")

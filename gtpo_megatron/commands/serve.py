@@ -7,21 +7,14 @@ from typing import Annotated
 
 import typer
 
+from gtpo_megatron.commands.arguments import Recipe, Settings
+
 EPILOG = "Example: gtpo-megatron serve RECIPE.yaml rollout.sglang.urls_dir=runs/x/servers rollout.sglang.api_key=env:KEY"
 
 
 def serve(
-    recipe: Annotated[
-        Path, typer.Argument(help="Recipe of the run", metavar="RECIPE.yaml", show_default=False)
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Overlay files and overrides, as for train",
-            metavar="OVERLAY.yaml|KEY=VALUE",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: Recipe,
+    settings: Settings = None,
     host: Annotated[
         str | None,
         typer.Option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gtpo_megatron.commands.arguments import Recipe, Settings
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
@@ -22,15 +23,8 @@ EPILOG = (
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file", metavar="RECIPE.yaml", show_default=False)],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Overlay files and overrides, as for train",
-            metavar="OVERLAY.yaml|KEY=VALUE",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: Recipe,
+    settings: Settings = None,
     site: Annotated[
         str, typer.Option(help="Facts of the cluster: a file, or a name in slurm/sites.", show_default=False)
     ] = ...,

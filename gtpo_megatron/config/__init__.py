@@ -3,7 +3,7 @@
 from gtpo_megatron.config.algorithm import AlgorithmConfig, GateConfig, ImportanceConfig
 from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig, FieldMap
-from gtpo_megatron.config.evaluation import EvaluationConfig
+from gtpo_megatron.config.evaluation import EndpointConfig, EvaluationConfig, SuiteConfig
 from gtpo_megatron.config.logging import LoggingConfig
 from gtpo_megatron.config.model import ModelConfig
 from gtpo_megatron.config.optimizer import OptimizerConfig
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DynamicSampling",
+    "EndpointConfig",
     "EvaluationConfig",
     "FieldMap",
     "GateConfig",
@@ -34,5 +35,6 @@ __all__ = [
     "RunConfig",
     "SGLangConfig",
     "Section",
+    "SuiteConfig",
     "TrainingConfig",
 ]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,7 @@ from gtpo_megatron.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)
 YAML_SUFFIXES = (".yaml", ".yml")
+WORDS = ("on", "off", "yes", "no")  # truth values to YAML 1.1, words to people
 Origins = dict[str, str]  # dotted key -> where it was last set: "recipe.yaml:12" or "override 'a.b=1'"
 
 
@@ -157,6 +159,7 @@ def _read_file(path: Path) -> _Layer:
         values = OmegaConf.create(text)  # its YAML reader takes 1e-6 for a number, as YAML 1.2 does
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    _keep_words(values, node)
     return _Layer(values, origins)
 
 
@@ -173,6 +176,39 @@ def _walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, bool]]:
         for index, item in enumerate(node.value):
             yield f"{prefix}{index}", item.start_mark.line + 1, False
             yield from _walk(item, f"{prefix}{index}.")
+
+
+def _keep_words(values: DictConfig, node: yaml.Node, prefix: str = "") -> None:
+    """Give keys that hold text what was written, where YAML 1.1 reads `off`, `on`, `no` or `yes` as a truth value."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in WORDS and _holds_text(prefix):
+            OmegaConf.update(values, prefix, node.value)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _keep_words(values, value, f"{prefix}.{key.value}".removeprefix("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _keep_words(values, item, f"{prefix}.{index}")
+
+
+def _holds_text(key: str) -> bool:
+    """Whether a recipe's dotted key takes text, and no truth value."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        if part.isdigit():
+            kind = next((get_args(a)[0] for a in _alternatives(kind) if get_args(a)), None)
+        else:
+            sections = [a for a in _alternatives(kind) if hasattr(a, "model_fields")]
+            kind = next((s.model_fields[part].annotation for s in sections if part in s.model_fields), None)
+    alternatives = _alternatives(kind)
+    texts = [a for a in alternatives if a is str or any(isinstance(word, str) for word in get_args(a))]
+    return bool(texts) and bool not in alternatives
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union; anything else is its own only one."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return list(get_args(annotation)) if is_union else [annotation]
 
 
 def _merge(base: DictConfig, layer: DictConfig, place: str) -> DictConfig:
@@ -192,13 +228,14 @@ def _apply_override(merged: DictConfig, override: str, origins: Origins) -> str:
         )
     dotted = key.replace("[", ".").replace("]", "")
     try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))[
-            "value"
-        ]  # interpolations stay as they are
+        written = OmegaConf.create(f"value: {text}")
+        given = yaml.compose(f"value: {text}", Loader=yaml.SafeLoader)
+        value = OmegaConf.to_container(written)["value"]  # interpolations stay as they are
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override '{override}': the value is not valid YAML") from error
     try:
         OmegaConf.update(merged, dotted, value, merge=True, force_add=True)
+        _keep_words(merged, given.value[0][1], dotted)
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError, IndexError) as error:
         place = _place(dotted, origins).removesuffix(": ")
         where = f" (set at {place})" if place else ""

@@ -34,10 +34,16 @@ def parse_row(config: DataConfig, number: int, row: dict[str, Any] | None) -> Ex
         question, answer, solution = _math(row)
     else:
         fields = config.fields
-        question, answer = _text(row, fields.question), _text(row, fields.answer)
+        question, answer = _text(row, fields.question), _text(_single(row, fields.answer), fields.answer)
         solution = _text(row, fields.solution) if fields.solution else None
     row_id = _text(row, config.fields.id) if config.fields.id else str(number)
     return Example(row_id, question, answer, solution)
+
+
+def _single(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """A list of one answer is that answer (OlympiadBench has such)."""
+    value = row.get(field)
+    return row | {field: value[0]} if isinstance(value, list) and len(value) == 1 else row
 
 
 def _text(row: dict[str, Any], field: str) -> str:

@@ -58,6 +58,42 @@ class PromptSet:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Question:
+    """One question for a server that has the tokenizer, as the turns of a chat and as plain text."""
+
+    id: str
+    question: str
+    answer: str
+    turns: tuple[dict[str, str], ...]  # role, content
+    text: str
+
+
+def load_questions(config: DataConfig) -> tuple[Question, ...]:
+    """The questions of a data set without a tokenizer; nothing is left out for its length. See `load_prompts`.
+
+    Raises:
+        UserError: the set cannot be read, a row is malformed and `bad_rows` is error, or no question is left.
+    """
+    shots, examples, rows, mistakes = _shots_and_examples(config)
+    if not examples:
+        raise UserError(
+            f"data.path: {_where(config)}: no question is left of {rows} rows ({len(mistakes)} malformed, "
+            f"{config.few_shot} few-shot examples)"
+        )
+    system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+    return tuple(
+        Question(
+            example.id,
+            example.question,
+            example.answer,
+            tuple(_turns(system, shots, example.question)),
+            _plain_text(None, system, shots, example.question),
+        )
+        for example in examples
+    )
+
+
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read a data set, render and tokenize its questions, and drop those over the token limit.
 
@@ -70,13 +106,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             template or no pad token; no prompt is left.
     """
     check_tokenizer(tokenizer, chat=config.chat)
-    examples, rows, mistakes = _read_examples(config)
-    shots, examples = examples[: config.few_shot], examples[config.few_shot :]
-    if len(shots) < config.few_shot:
-        raise UserError(
-            f"data.few_shot: {config.few_shot} examples, but {_where(config)} has {len(shots)} good rows"
-        )
-
+    shots, examples, rows, mistakes = _shots_and_examples(config)
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     render = _chat_text if config.chat else _plain_text
     special = _special_tokens(tokenizer)
@@ -188,6 +218,17 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
+def _shots_and_examples(config: DataConfig) -> tuple[list[Example], list[Example], int, list[str]]:
+    """(few-shot examples, the others, number of rows read, what is wrong with each bad one)."""
+    examples, rows, mistakes = _read_examples(config)
+    shots, examples = examples[: config.few_shot], examples[config.few_shot :]
+    if len(shots) < config.few_shot:
+        raise UserError(
+            f"data.few_shot: {config.few_shot} examples, but {_where(config)} has {len(shots)} good rows"
+        )
+    return shots, examples, rows, mistakes
+
+
 def _read_examples(config: DataConfig) -> tuple[list[Example], int, list[str]]:
     """(good rows, number of rows read, what is wrong with each bad one)."""
     examples, mistakes, rows = [], [], 0
@@ -213,11 +254,7 @@ def _where(config: DataConfig) -> str:
 def _chat_text(
     tokenizer: PreTrainedTokenizerBase, system: str, shots: Sequence[Example], question: str
 ) -> str:
-    turns = [{"role": "system", "content": system}] if system else []
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.question})
-        turns.append({"role": "assistant", "content": _formatted(shot)})
-    turns.append({"role": "user", "content": question})
+    turns = _turns(system, shots, question)
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -227,7 +264,17 @@ def _chat_text(
         ) from error
 
 
-def _plain_text(_: PreTrainedTokenizerBase, system: str, shots: Sequence[Example], question: str) -> str:
+def _turns(system: str, shots: Sequence[Example], question: str) -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": system}] if system else []
+    for shot in shots:
+        turns.append({"role": "user", "content": shot.question})
+        turns.append({"role": "assistant", "content": _formatted(shot)})
+    return [*turns, {"role": "user", "content": question}]
+
+
+def _plain_text(
+    _: PreTrainedTokenizerBase | None, system: str, shots: Sequence[Example], question: str
+) -> str:
     blocks = [system] if system else []
     blocks += [f"{shot.question}\n{_formatted(shot)}" for shot in shots]
     return "\n\n".join([*blocks, f"{question}\n"])

@@ -1,5 +1,6 @@
 """What this machine has and can do, known bad combinations of packages, and what to install."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -340,23 +341,40 @@ def _sglang() -> Iterator[Finding]:
         advice = "its pins conflict with the trainer's: pip uninstall sglang, then make sglang"
         yield Finding("SGLang", "warning", f"{here} in the trainer's environment", origin("sglang"), advice)
     python = Path(".venv-sglang/bin/python")
-    if python.exists():
-        program = (
-            "from importlib.metadata import version as v; "
-            "print(v('sglang'), 'with torch', v('torch'), 'and transformers', v('transformers'))"
+    if _is_locked(Path(".venv-sglang.lock")):  # by tools/setup_sglang_env.sh
+        yield Finding(
+            "SGLang", "absent", "being installed at this moment", ".venv-sglang", "ask again in some minutes"
         )
-        answer = _run([str(python), "-c", program])
-        if answer.returncode == 0:
-            yield Finding("SGLang", "ok", answer.stdout.strip(), ".venv-sglang")
-        else:
-            found = "its environment is broken or unfinished"
-            yield Finding(
-                "SGLang", "warning", found, ".venv-sglang", "make sglang (it makes the environment anew)"
-            )
+    elif python.exists():
+        yield _sglang_environment(python)
     elif here is None:
         yield Finding(
             "SGLang", "absent", "no .venv-sglang here; the embedded engine is used", advice="make sglang"
         )
+
+
+def _sglang_environment(python: Path) -> Finding:
+    program = (
+        "from importlib.metadata import version as v; "
+        "print(v('sglang'), 'with torch', v('torch'), 'and transformers', v('transformers'))"
+    )
+    answer = _run([str(python), "-c", program])
+    if answer.returncode == 0:
+        return Finding("SGLang", "ok", answer.stdout.strip(), ".venv-sglang")
+    found = "its environment is broken or unfinished"
+    return Finding("SGLang", "warning", found, ".venv-sglang", "make sglang (it makes the environment anew)")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds the lock file (flock)."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has no locks
+        return False
+    return False
 
 
 PROBES: dict[str, Callable[[], Iterator[Finding]]] = {

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,15 +19,27 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from gtpo_megatron.rollout.protocol import Completion, Group, NamedTensor, PromptRequest, SamplingParams
 
 
+class _Aborted(Exception):
+    """Leaves transformers' generation between two tokens."""
+
+
 class SeededSampling(LogitsProcessor):
     """Sampling whose outcome depends on each completion's own seed alone, not on what else is in the batch.
 
     Every row draws Gumbel noise from its own generator; the arg max of logits plus noise is a sample of their softmax, so
     greedy search over what this returns samples. Keeps the logprob of each choice under the tempered full distribution.
+    `check` is called before each token, and may raise.
     """
 
-    def __init__(self, params: SamplingParams, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        seeds: Sequence[int],
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.params = params
+        self.check = check
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.logprobs: list[Tensor] = []  # one [rows] per position
         self.warpers = LogitsProcessorList()
@@ -38,6 +50,7 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[rows, vocabulary] logits -> scores whose arg max is the sampled token."""
+        self.check()
         scores = scores.float()
         if self.params.temperature > 0:
             scores = scores / self.params.temperature
@@ -72,7 +85,7 @@ class EmbeddedEngine:
         self.model.generation_config = GenerationConfig(pad_token_id=pad_id)
         self.device, self.batch_size, self.pad_id = device, batch_size, pad_id
         self.version = -1
-        self._aborted = threading.Event()
+        self._aborted, self._ended = threading.Event(), threading.Event()  # the latter for good
 
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
         """Copy tensors by Hugging Face name. Raises KeyError for an unknown name, ValueError for missing tensors."""
@@ -95,12 +108,15 @@ class EmbeddedEngine:
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.group))
         self._aborted.clear()
         for start in range(0, len(ordered), per_batch):
-            if self._aborted.is_set():
+            try:
+                groups = self._generate(ordered[start : start + per_batch], params)
+            except _Aborted:
                 return
-            yield from self._generate(ordered[start : start + per_batch], params)
+            yield from groups
 
     @torch.no_grad()
-    def _generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+    def _generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> list[Group]:
+        self._raise_if_aborted()
         started = time.perf_counter()
         prompts = [r.prompt_ids for r in requests for _ in range(params.n)]
         seeds = [r.seed + i for r in requests for i in range(params.n)]
@@ -110,7 +126,7 @@ class EmbeddedEngine:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        sampling = SeededSampling(params, seeds, self.device)
+        sampling = SeededSampling(params, seeds, self.device, self._raise_if_aborted)
         output = self.model.generate(
             ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -122,8 +138,10 @@ class EmbeddedEngine:
         logprobs = torch.stack(sampling.logprobs, dim=1).cpu()
         seconds = time.perf_counter() - started
         completions = [self._completion(*row, params, seconds) for row in zip(output, logprobs, strict=True)]
-        for i, request in enumerate(requests):
-            yield Group(request, tuple(completions[i * params.n : (i + 1) * params.n]))
+        return [
+            Group(request, tuple(completions[i * params.n : (i + 1) * params.n]))
+            for i, request in enumerate(requests)
+        ]
 
     def _completion(
         self, tokens: Tensor, logprobs: Tensor, params: SamplingParams, seconds: float
@@ -138,9 +156,19 @@ class EmbeddedEngine:
             seconds=seconds,
         )
 
-    def abort_all(self) -> None:
-        """Stop after the batch that is being generated."""
+    def abort_all(self, *, for_good: bool = False) -> None:
+        """Leave the batch under way between two tokens; `for_good`: sample nothing any more."""
+        if for_good:
+            self._ended.set()
         self._aborted.set()
+
+    def _raise_if_aborted(self) -> None:
+        if self._aborted.is_set() or self._ended.is_set():
+            raise _Aborted
+
+    def waits_for(self) -> str:
+        """Nothing: there is no server."""
+        return ""
 
     def close(self) -> None:
         """Nothing to end."""

@@ -77,8 +77,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def abort_all(self) -> None:
-        """End every `generate` under way early, from any thread: its iterator stops after the finished groups."""
+    def abort_all(self, *, for_good: bool = False) -> None:
+        """End every `generate` under way at once, from any thread: its iterator stops after the finished groups.
+
+        With `for_good` every later one as well, so that none slips through that is just about to begin.
+        """
+        ...
+
+    def waits_for(self) -> str:
+        """What it has to wait for beside sampling itself, for people; "" for nothing. From any thread."""
         ...
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from gtpo_megatron.rollout.collect import (
     without_signal,
 )
 from gtpo_megatron.run.run import Run
+from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.record import Trajectory
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class Batches:
     def next(self) -> list[Trajectory]:
         """The batch of the run's current step, on rank 0; nothing elsewhere.
 
-        As many later ones as `rollout.staleness` allows are started.
+        As many later ones as `rollout.staleness` allows are started. Raises Interrupted, on every rank, if the run is
+        asked to stop before the batch is whole: what there is of it is dropped, and its prompts stay the next ones.
         """
         run, step = self._run, self._run.step
         if run.config.algorithm.name == "sft":
@@ -73,9 +75,15 @@ class Batches:
         return batch
 
     def settle(self) -> None:
-        """Store the batches that are being sampled ahead, so that a checkpoint taken now loses none."""
-        for step in sorted(self._ahead):
-            self._finish(step)
+        """Store the batches that are being sampled ahead, so that a checkpoint taken now loses none.
+
+        A run that is asked to stop waits for none: those that are not whole are dropped, and their prompts stay the next ones.
+        """
+        try:
+            for step in sorted(self._ahead):
+                self._finish(step)
+        except Interrupted as cut:
+            log.info("%s", cut)
 
     @property
     def sampler_state(self) -> dict[str, Any]:
@@ -119,14 +127,28 @@ class Batches:
             return []
         own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
         with run.engine_lock:  # one batch at a time
-            return sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
+            share = sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
+        whole = len(own) if keep is None else min(keep, len(own))
+        if run.signals.asked and len({t.group for t in share}) < whole:
+            raise Interrupted(f"step {step + 1}: sampling was cut short")
+        return share
+
+    def _gather(self, share: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        """All ranks' shares on rank 0. Collective; if one was interrupted, all are."""
+        own = _outcome(share)
+        cut_short = isinstance(own, Interrupted)
+        if not self._run.signals.cut_short(cut_short):
+            return gather(own)
+        if isinstance(own, Exception) and not cut_short:
+            log.warning("dropped with the batch that the stop cut short: %s", own)
+        raise own if cut_short else Interrupted("sampling was cut short on another rank")
 
     def _finish(self, step: int) -> list[Trajectory]:
         """Sample the step's batch, or wait for it if it was started; replace groups, analyse, store."""
         run, config = self._run, self._run.config
         if step in self._ahead:
             prompts, share = self._ahead.pop(step)
-            sampled = gather(_outcome(share.result))
+            sampled = self._gather(share.result)
         else:
             prompts = self._prompts(step)
             sampled = self._gathered(prompts, step, self._keep)
@@ -158,7 +180,7 @@ class Batches:
             self._taken[step].remove(index)
 
     def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
-        return gather(_outcome(lambda: self._share(prompts, step, keep)))
+        return self._gather(lambda: self._share(prompts, step, keep))
 
     def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
         """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""

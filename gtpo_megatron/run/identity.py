@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gtpo_megatron.config import RunConfig
@@ -62,6 +63,17 @@ def keep_config(config: RunConfig) -> None:
         number = 1 + sum(1 for _ in config.path.glob("config-*.yaml"))
         path.rename(config.path / f"config-{number}.yaml")
     save_config(config, path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Copies of the weights for SGLang servers (a model each), which an owner that was killed could not remove.
+
+    Only the run's owner may call it.
+    """
+    for pattern in ("weights-*", "verify-*"):
+        for copy in (directory / "logs").glob(pattern):
+            if copy.is_dir() and not copy.is_symlink():
+                shutil.rmtree(copy, ignore_errors=True)
 
 
 def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""What a person sees while a run goes on: a live display in a terminal, a plain line per step elsewhere."""
+"""What a person sees while a run goes on: a live display in a terminal, a plain line per step, or long wait, elsewhere."""
 
 import math
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -32,6 +33,7 @@ class RunProgress:
         first_step: steps that were done before (a resumed run).
         main_rank: only one rank shows anything.
         console: where to; standard output by default.
+        every_s: without a terminal, a stage that has lasted so long is named, and again each time it has gone on so long.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class RunProgress:
         first_step: int = 0,
         main_rank: bool = True,
         console: Console | None = None,
+        every_s: float = 30.0,
     ) -> None:
         self._console = console or Console()
         if mode == "auto":
@@ -51,20 +54,31 @@ class RunProgress:
         self._stage = "starting"
         self._stage_started = self._started = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
+        self.waits_for: Callable[[], str] = lambda: (
+            ""
+        )  # what a stage that lasts waits for, where that is known
+        self._every_s = every_s
+        self._ended = threading.Event()
+        self._waiting = threading.Thread(target=self._name_what_lasts, name="progress", daemon=True)
         self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         if self._mode == "live":
             self._live.start()
+        elif self._mode == "plain":
+            self._waiting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        self._ended.set()
+        if self._mode == "plain":
+            self._waiting.join()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name what is being done; only the live display shows it."""
+        """Name what is being done: at once in the live display, elsewhere when it lasts."""
         outer, self._stage, self._stage_started = self._stage, name, time.monotonic()
         try:
             yield
@@ -82,6 +96,20 @@ class RunProgress:
         """A line that stays: an evaluation's result, a checkpoint, a warning."""
         if self._mode != "off":
             self._say(text)
+
+    def _name_what_lasts(self) -> None:
+        due = (
+            self._stage_started,
+            self._every_s,
+        )  # the stage, by its start, and how long it lasts when it is named next
+        while not self._ended.wait(min(1.0, self._every_s / 4)):
+            started, seconds = self._stage_started, time.monotonic() - self._stage_started
+            if started != due[0]:
+                due = started, self._every_s
+            if seconds >= due[1]:
+                due = started, due[1] + self._every_s
+                reason = self.waits_for()
+                self.note(f"{self._stage}: {seconds:.0f} s" + (f"; waits for {reason}" if reason else ""))
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,17 +1,14 @@
 """Everything that a run holds, opened and closed in one place; `train.py` is the algorithm that walks over it."""
 
 import logging
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -36,10 +33,12 @@ from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solution
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.directory import Owner
-from gtpo_megatron.run.identity import check_directory, keep_config
+from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
+from gtpo_megatron.run.signals import StopSignals
+from gtpo_megatron.run.stages import Stages
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -54,10 +53,7 @@ class Run:
         self.config = config
         self.path = config.path
         self._stack = ExitStack()
-        self._stop_signal: int | None = None
-        self.seconds: dict[str, float] = {}  # of this step's stages
-        self._inner_seconds = 0.0  # of the stages inside the one that is open
-        self._stage = ""  # the innermost that is open
+        self.interrupted = False  # a signal cut something short that the next process has to do
         try:
             self._open()
         except BaseException:
@@ -104,13 +100,15 @@ class Run:
         self._restore()
         self._open_record()
         self._open_sampling()
-        self._catch_signals()
+        # last, so that none comes before there is somebody to see to it
+        self.signals = self._stack.enter_context(StopSignals(self._on_stop, listen=self.engine is not None))
 
     def _claim_directory(self) -> None:
         check_directory(self.config)
         self.owner = Owner(self.path, self.config.training.steps)
         self._stack.push(self._give_free)
         keep_config(self.config)
+        remove_leftovers(self.path)
 
     def _give_free(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, SystemExit):  # asked to stop before the first step: see cluster.ranks
@@ -120,7 +118,7 @@ class Run:
         elif error is not None:
             exit_code = FAILED
         else:
-            exit_code = COMPLETE if self.step >= self.config.training.steps else STOPPED
+            exit_code = COMPLETE if self.complete else STOPPED
         self.owner.end(error, exit_code)
 
     def _load_prompts(self, data: DataConfig) -> PromptSet:
@@ -136,11 +134,12 @@ class Run:
         return prompts
 
     def _restore(self) -> None:
-        state = self.checkpointer.load_latest() or TrainState(0, 0, None, self.sampler.state_dict())
+        loaded = self.checkpointer.load_latest()
+        state = loaded or TrainState(0, 0, None, self.sampler.state_dict())
         self.sampler.load_state_dict(state.sampler)
         self.step, self.version = state.step, state.weight_version
         self.initial_entropy, self.bad_steps = state.initial_entropy, state.bad_steps
-        self.saved_step = state.step if state.step else -1
+        self.saved_step = state.step if loaded else -1
         if self.owner is not None:
             self.owner.update(step=self.step)
 
@@ -152,6 +151,8 @@ class Run:
         self.progress: RunProgress = self._stack.enter_context(
             RunProgress(self.config.training.steps, self.config.logging.progress, self.step, self.main)
         )
+        stages = Stages(self.progress, self.owner)
+        self.stage, self.seconds = stages.stage, stages.seconds
         if self.step:
             self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
         for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
@@ -186,11 +187,17 @@ class Run:
         def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
+            self.progress.waits_for = self.engine.waits_for
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
 
-        together(lambda: start() if embedded or self.main else None)
-        self.publish_weights()
+        if not embedded:
+            sglang = config.rollout.sglang
+            which = ", ".join(sglang.urls) or sglang.urls_file or f"starting {sglang.servers}"
+            self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
+        with self.progress.stage("start of the engine"):
+            together(lambda: start() if embedded or self.main else None)
+            self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
         config = self.config
@@ -287,6 +294,11 @@ class Run:
             stop_token_ids=stop_token_ids(self.tokenizer),
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: all steps are done, and what belongs to the last was not cut short."""
+        return self.step >= self.config.training.steps and not self.interrupted
+
     def is_evaluated(self) -> bool:
         """Whether the metrics hold an evaluation of the current step. Collective."""
 
@@ -304,32 +316,6 @@ class Run:
             )
             for group, index in enumerate(self.sampler.next(count), start=first_group)
         ]
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show and time a stage of the step, in seconds; a stage inside another is not counted twice."""
-        with self.progress.stage(name), self._stage_in_status(name):
-            started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
-            try:
-                yield
-            finally:
-                platform.synchronize()
-                elapsed = time.perf_counter() - started
-                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
-                self._inner_seconds = outer + elapsed
-
-    @contextmanager
-    def _stage_in_status(self, name: str) -> Iterator[None]:
-        if self.owner is None:
-            yield
-            return
-        outer, self._stage = self._stage, name
-        self.owner.stage(name)
-        try:
-            yield
-        finally:
-            self._stage = outer
-            self.owner.stage(outer)
 
     def advance(self) -> None:
         """A step is done."""
@@ -358,26 +344,21 @@ class Run:
         Raises UserError if another process has taken the run's directory.
         """
         lost = self.owner is not None and self.owner.lost is not None
-        if control.agree(lost or self._stop_signal is not None) is None:
+        if not self.signals.agree(lost):
             return False
         for_rank_zero(lambda: self.owner.check())
         if self.owner is not None:
             self.owner.stopping = True
         return True
 
-    def _catch_signals(self) -> None:
-        def handle(number: int, _: Any) -> None:
-            if self._stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt  # asked twice: now
-            self._stop_signal = number
-            if self.owner is not None:
-                self.owner.stopping = True
-            if self.main:
-                self.progress.note("stopping after this step (Ctrl-C again: at once)")
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            previous = signal.signal(number, handle)
-            self._stack.callback(signal.signal, number, previous)
+    def _on_stop(self) -> None:
+        """As soon as this rank knows of a stop, in a thread of its own: nothing more is sampled."""
+        if self.owner is not None:
+            self.owner.stopping = True
+        if self.main:
+            self.progress.note("stopping: saves and ends (Ctrl-C again: at once)")
+        if self.engine is not None:
+            self.engine.abort_all(for_good=True)
 
     def __enter__(self) -> Self:
         return self

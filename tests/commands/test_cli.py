@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from gtpo_megatron import __version__
-from gtpo_megatron.commands.cli import GRACE_S, complete_setting, main
+from gtpo_megatron.commands.arguments import complete_setting
+from gtpo_megatron.commands.cli import GRACE_S, main
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
@@ -158,25 +159,41 @@ def test_dry_run_needs_config_json_alone_and_names_what_it_did_not_check(
     assert run("train", recipe, *settings)[0] == 2
 
 
+def evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """What `evaluate` is asked for: the names of the suites, of each call. Nothing is sampled."""
+    asked: list[list[str]] = []
+    results = {"suites": {"data": {"figures": {"pass@1": {"value": 0.5}}, "rows": [{"id": "1"}]}}}
+
+    def stand_in_for(config: RunConfig, suites: Any, output: Path | None, note: Any) -> tuple[Path, Any]:
+        asked.append([suite.name for suite in suites])
+        return output or tmp_path / "made", results
+
+    stand_in(monkeypatch, "gtpo_megatron.evaluation.offline", evaluate_suites=stand_in_for)
+    return asked
+
+
 def test_evaluate_prints_json(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(monkeypatch, "gtpo_megatron.evaluation", evaluate_checkpoint=lambda config: {"accuracy": 0.5})
+    asked = evaluates(monkeypatch, tmp_path)
     data = f"evaluation.data={{path: {tmp_path / 'rows.jsonl'}, max_prompt_tokens: 64}}"
-    code, out, _ = run("evaluate", recipe, data)
-    assert code == 0 and json.loads(out) == {"accuracy": 0.5}
+    code, out, _ = run("evaluate", recipe, data, "--output", tmp_path / "mine")
+    assert code == 0 and json.loads(out) == {
+        "suites": {"data": {"figures": {"pass@1": {"value": 0.5}}}},
+        "output": str(tmp_path / "mine"),
+    }
+    assert asked == [["data"]]
     assert "evaluation.data is missing" in run("evaluate", recipe)[2]
 
 
-def test_evaluate_says_which_policy_it_scores_and_refuses_what_it_ignores(
+def test_evaluate_says_which_policy_it_scores(
     recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    stand_in(monkeypatch, "gtpo_megatron.plan.checks", check_run=lambda *_: None)
-    stand_in(monkeypatch, "gtpo_megatron.evaluation", evaluate_checkpoint=lambda config: {"accuracy": 0.5})
-    data = f"evaluation.data.path={tmp_path}"
+    evaluates(monkeypatch, tmp_path)
+    data = f"evaluation.data.path={tmp_path / 'rows.jsonl'}"
     model = load_config(recipe).model.path
-    code, out, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
-    assert code == 0 and json.loads(out) == {"accuracy": 0.5}
+    code, _, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
+    assert code == 0
     assert err.strip() == f"scoring model.path: {model}"
     (tmp_path / "trained" / "hf").mkdir(parents=True)
     _, _, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
@@ -184,9 +201,27 @@ def test_evaluate_says_which_policy_it_scores_and_refuses_what_it_ignores(
         f"which this recipe starts from; for the policy that it trained: model.path={tmp_path / 'trained' / 'hf'}"
         in err
     )
-    code, out, err = run("evaluate", recipe, data, "rollout.engine=sglang")
-    assert code == 2 and not out
-    assert "rollout.engine: sglang has no effect on evaluate" in err
+    endpoint = ["evaluation.endpoint.url=http://127.0.0.1:1/v1", "evaluation.endpoint.model=m"]
+    assert "scoring m at http://127.0.0.1:1/v1" in run("evaluate", recipe, data, *endpoint)[2]
+    assert (
+        "evaluation.endpoint.url and evaluation.endpoint.model go together"
+        in run("evaluate", recipe, data, endpoint[0])[2]
+    )
+
+
+def test_suites_by_name_and_by_file(
+    run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = evaluates(monkeypatch, tmp_path)
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: mine\npath: {tmp_path / 'rows.jsonl'}\n")
+    (tmp_path / "aime25").mkdir()
+    (tmp_path / "aime25" / "test.jsonl").write_text('{"problem": "1+1?", "expected_answer": "2"}\n')
+    local = f"evaluation.folder={tmp_path}"
+    assert run("evaluate", recipe, "--suite", "aime25", local)[0] == 0
+    assert run("evaluate", recipe, "--suite", "aime25", "--suite", own, local)[0] == 0
+    assert run("evaluate", recipe, f"evaluation.suites=[{own}]")[0] == 0
+    assert asked == [["aime25"], ["aime25", "mine"], ["mine"]]
 
 
 def test_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,20 @@ def test_yaml_1_2_floats_are_numbers(recipe: Path) -> None:
     assert load_config(recipe).optimizer.lr == 1e-6
 
 
+def test_words_that_yaml_takes_for_truth_values_stay_words_where_text_is_due(recipe: Path) -> None:
+    with recipe.open("a") as file:
+        file.write("algorithm:\n  gate: {mode: off}\n  importance:\n    level: Off\n")
+    with pytest.raises(UserError, match="'Off'"):  # what was written, not `False`
+        load_config(recipe)
+    overrides = ["algorithm.importance={level: off}", "training.deterministic=off", "name=no"]
+    config = load_config(recipe, [*overrides, "rollout.sglang.args=[--flag, on]"])
+    assert config.algorithm.gate.mode == config.algorithm.importance.level == "off"
+    assert config.training.deterministic is False
+    assert (config.name, config.rollout.sglang.args) == ("no", ("--flag", "on"))
+    assert load_config(recipe, [*overrides, "algorithm.gate.mode=off"]).algorithm.gate.mode == "off"
+    assert "algorithm.gate.mode: False" in error_of(recipe, *overrides, "algorithm.gate.mode=false")
+
+
 def test_overrides_are_typed_as_yaml(recipe: Path) -> None:
     config = load_config(
         recipe,

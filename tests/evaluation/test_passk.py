@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gtpo_megatron.evaluation import figures
 from gtpo_megatron.evaluation.passk import any_right, by_group, maj_at_k, pass_at_k
+from gtpo_megatron.evaluation.training import figures
 from gtpo_megatron.trajectories.record import Trajectory
 
 

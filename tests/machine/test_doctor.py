@@ -1,5 +1,6 @@
 """The doctor's findings on simulated installations: fake packages on a temporary sys.path."""
 
+import fcntl
 import io
 import json
 from collections.abc import Callable
@@ -175,6 +176,10 @@ def test_sglang_beside_the_trainer_and_in_its_own_environment(
     assert [finding.status for finding in doctor._sglang()] == ["warning", "warning"]
     python.write_text("#!/bin/sh\necho 0.5.23 with torch 2.13.0\n")
     assert list(doctor._sglang())[-1] == Finding("SGLang", "ok", "0.5.23 with torch 2.13.0", ".venv-sglang")
+    with Path(".venv-sglang.lock").open("w") as lock:  # as tools/setup_sglang_env.sh holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert list(doctor._sglang())[-1].found == "being installed at this moment"
+    assert list(doctor._sglang())[-1].status == "ok"
 
 
 def test_origin(install: Install) -> None:

@@ -19,7 +19,8 @@ RECIPES = sorted(
     for path in (ROOT / "recipes").rglob("*.yaml")
     if "model:" in path.read_text(encoding="utf-8").splitlines()
 )
-OVERLAYS = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(RECIPES))
+SUITES = set((ROOT / "recipes" / "eval").glob("*.yaml"))  # no part of a recipe: see tests/evaluation
+OVERLAYS = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(RECIPES) - SUITES)
 REAL = [path for path in RECIPES if path.parent.name in ("paper", "large")]
 HERE = "SmolLM2-135M-Instruct"  # for recipes whose model is made on the user's machine
 

@@ -53,7 +53,7 @@ def test_the_choice_of_layers_and_its_reason_are_logged(
     said: str,
 ) -> None:
     machine(parts, cuda)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "gtpo_megatron"):
         assert platform.use_transformer_engine(wanted) is chosen
     assert said in caplog.text
 
@@ -102,6 +102,6 @@ def test_deterministic_kernels_are_asked_for_before_transformer_engines_layers_a
     monkeypatch.setenv(platform.DETERMINISM, "1")
     machine(WHOLE, True)
     training = TrainingConfig(steps=1, deterministic=deterministic)
-    with caplog.at_level(logging.INFO), pytest.raises(Built, match=value):
+    with caplog.at_level(logging.INFO, "gtpo_megatron"), pytest.raises(Built, match=value):
         model_module.build_policy(ModelConfig(path=str(tiny_checkpoint("llama"))), ParallelConfig(), training)
     assert (f"sets {platform.DETERMINISM}=0 (before: 1)" in caplog.text) == deterministic

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,22 @@ def test_abort_ends_after_the_batch_under_way(make: Callable[[int], EmbeddedEngi
     assert len(list(engine.generate(REQUESTS, PARAMS))) == len(
         REQUESTS
     )  # an abort does not outlive its sampling
+
+
+def test_abort_leaves_the_batch_under_way_and_for_good_ends_what_comes_later(
+    make: Callable[[int], EmbeddedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    forward, calls = engine.model.forward, 0
+
+    def aborted_at_the_third(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            engine.abort_all(for_good=True)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", aborted_at_the_third)
+    assert list(engine.generate(REQUESTS, PARAMS)) == []
+    assert list(engine.generate(REQUESTS, PARAMS)) == []  # the signal came just before
+    assert calls == 3 < PARAMS.max_new_tokens

@@ -64,6 +64,17 @@ class Rewards:
         """None fails."""
 
 
+class Signals:
+    """A run's, without signals: asked to stop when a test says so."""
+
+    asked = False
+
+    def cut_short(self, own: bool) -> bool:
+        from gtpo_megatron import control
+
+        return control.agree(own) is not None
+
+
 def light_run(directory: Path, engine: Engine, step: int = 0, picky: bool = False, **rollout: Any) -> Any:
     """As much of a run as `Batches` needs."""
     from gtpo_megatron.run.run import Run
@@ -83,6 +94,7 @@ def light_run(directory: Path, engine: Engine, step: int = 0, picky: bool = Fals
         ),
         sampling_params=SamplingParams(n=config.rollout.group_size, max_new_tokens=6),
         stage=lambda name: nullcontext(),
+        signals=Signals(),
     )
     run.next_prompts = lambda *args, **options: Run.next_prompts(run, *args, **options)
     return run
@@ -142,6 +154,56 @@ def test_a_run_goes_on_with_what_is_stored_and_what_is_not(ranks: RankPool, tmp_
         assert (before, after) == (expected[:3], expected[2:])
         assert found == stored
         assert calls == 6 - len(stored)  # nothing that is stored is sampled again
+
+
+class StoppedEngine(Engine):
+    """A signal comes in the middle of a call, counted from 0; from then on it samples nothing."""
+
+    def __init__(self, signals: Signals, at: int) -> None:
+        super().__init__()
+        self.signals, self.at = signals, at
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        whole = list(super().generate(requests, params))
+        self.signals.asked = self.signals.asked or self.calls > self.at
+        yield from whole[: len(whole) // 2] if self.signals.asked else whole
+
+
+def stopped(directory: Path, staleness: int, at: int, rank: int) -> tuple[list[list[str]], int, list[int]]:
+    """Six batches of two processes: the first stops when a signal reaches one rank in its call number `at`."""
+    import torch.distributed as dist
+
+    from gtpo_megatron.run.batches import Batches
+    from gtpo_megatron.run.signals import Interrupted
+
+    run, taken = light_run(directory, Engine(), staleness=staleness), []
+    if dist.get_rank() == rank:
+        run.engine = StoppedEngine(run.signals, at)
+    with Batches(run) as batches, pytest.raises(Interrupted):
+        for run.step in range(6):
+            taken.append(ids_of(batches.next()))
+    batches.settle()
+    state, stored, begun = batches.sampler_state, run.store.steps(), run.step
+    dist.barrier()
+    resumed = light_run(directory, Engine(), staleness=staleness)
+    resumed.sampler.load_state_dict(state)
+    with Batches(resumed) as batches:
+        for resumed.step in range(begun, 6):
+            taken.append(ids_of(batches.next()))
+    return taken, begun, stored
+
+
+@pytest.mark.parametrize(
+    ("world", "staleness", "at", "rank"),
+    [(1, 0, 0, 0), (1, 0, 3, 0), (1, 2, 3, 0), (2, 0, 2, 1), (2, 1, 2, 0)],
+)
+def test_a_signal_during_sampling_drops_the_batch_on_all_ranks_and_loses_no_prompt(
+    world: int, staleness: int, at: int, rank: int, ranks: RankPool, tmp_path: Path
+) -> None:
+    expected = ranks.run(1, in_order, tmp_path / "whole", 0)[0]
+    answers = ranks.run(world, stopped, tmp_path / "stopped", staleness, at, rank)
+    assert answers[0] == (expected, at, list(range(at)))  # the call for a batch has its number
+    assert [begun for _, begun, _ in answers] == [at] * world
 
 
 def failing_ahead(directory: Path) -> tuple[list[str], str, dict[str, Any], dict[str, Any]]:

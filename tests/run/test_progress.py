@@ -1,6 +1,8 @@
 """The progress display, in a terminal and outside one."""
 
 import io
+import re
+import time
 
 from rich.console import Console
 
@@ -23,6 +25,19 @@ def test_outside_a_terminal_every_step_is_a_line() -> None:
     assert lines[1].startswith("step 2/4  reward 1.250  entropy 0.500  tok/s 812  left 0:00:")
     assert lines[2] == "step 4/4  left 0:00:00"
     assert len(lines) == 3
+
+
+def test_outside_a_terminal_a_stage_that_lasts_is_named_with_what_it_waits_for() -> None:
+    out = console(terminal=False)
+    with RunProgress(4, console=out, every_s=0.1) as progress:
+        progress.waits_for = lambda: "http://host:1: down, connection refused"
+        with progress.stage("rollout"):
+            while len(out.file.getvalue().splitlines()) < 2:
+                time.sleep(0.01)
+    for line in out.file.getvalue().splitlines()[:2]:
+        assert re.fullmatch(
+            r"(starting|rollout): 0 s; waits for http://host:1: down, connection refused", line
+        )
 
 
 def test_in_a_terminal_step_stage_and_figures_are_drawn() -> None:

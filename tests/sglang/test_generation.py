@@ -101,6 +101,8 @@ def test_leaving_early_or_abort_all_ends_the_rest_on_the_servers(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert len(list(engine.generate(requests(2), SamplingParams(2, 4)))) == 2
+    engine.abort_all(for_good=True)
+    assert list(engine.generate(requests(2), long)) == []
 
 
 def _running(url: str) -> int:

@@ -1,6 +1,7 @@
 """SGLang's HTTP, one typed call each. Nothing else in the project knows its endpoints or field names."""
 
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Client:
         except TimeoutError as error:
             raise ServerFault(f"{url}{path}: no answer in {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            raise ServerFault(f"{url}{path}: {type(error).__name__}: {error}") from error
+            raise ServerFault(f"{url}{path}: {_cause(error)}") from error
         if 400 <= status < 500 and status not in (408, 429):
             raise Refused(f"{url}{path} refused the request ({status}): {_text(content, 2000)}")
         if status != 200:
@@ -156,6 +157,13 @@ class Client:
     async def abort(self, url: str, rid: str | None, timeout_s: float = 10.0) -> None:
         """Abort one request, or with None all. Its /generate answers at once, with the tokens so far."""
         await self.call(url, "/abort_request", {"rid": rid} if rid else {"abort_all": True}, timeout_s)
+
+
+def _cause(error: aiohttp.ClientError) -> str:
+    """What the system says where there was no connection ("connection refused"); aiohttp's text has not always that."""
+    if isinstance(error, aiohttp.ClientOSError) and error.errno:
+        return f"{os.strerror(error.errno).lower()} ({error})"
+    return f"{type(error).__name__}: {error}"
 
 
 def _text(content: bytes, limit: int) -> str:

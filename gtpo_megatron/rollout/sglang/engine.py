@@ -127,7 +127,7 @@ class SGLangEngine:
         self._jobs: set[_Job] = set()
         # groups that were left unfinished; any of the same prompt may go on with one
         self._kept: dict[tuple[tuple[int, ...], SamplingParams], list[list[_Draft]]] = {}
-        self._started = self._closed = False
+        self._started = self._closed = self._ended = False  # ended: samples no more
         launch = None
         if not config.given or config.router:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -250,10 +250,13 @@ class SGLangEngine:
         job = _Job(params)
         self._jobs.add(job)
         job.task = self._submit(self._sample_all(job, requests))
+        if self._ended:  # looked at after the job is where abort_all sees it
+            self._end(job)
         return self._groups(job)
 
-    def abort_all(self) -> None:
-        """End every generate that is under way: its iterator stops after the groups that were finished."""
+    def abort_all(self, *, for_good: bool = False) -> None:
+        """End every generate that is under way, and `for_good` later ones: their iterators stop after the finished groups."""
+        self._ended = self._ended or for_good
         for job in list(self._jobs):
             self._end(job)
 
@@ -429,6 +432,10 @@ class SGLangEngine:
         if self._pool.snapshot is not None:
             self._pool.snapshot.delete()
         self._stop_loop()
+
+    def waits_for(self) -> str:
+        """The servers that cannot be sampled from, for people; "" if all can. From any thread."""
+        return "; ".join(self._pool.troubles())
 
     def status(self) -> dict[str, str]:
         """State of each server by URL, for people and metrics."""

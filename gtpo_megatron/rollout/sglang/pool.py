@@ -296,13 +296,18 @@ class Pool:
                 self._fail_waiters(self.no_server())
             await asyncio.sleep(0.2)
 
-    def no_server(self) -> UserError:
-        """The error of a run without servers."""
-        reasons = "\n".join(
-            f"  {w.url or f'server {w.index}'}: {w.state}, {w.reason}"
+    def troubles(self) -> list[str]:
+        """A line for each server that cannot be sampled from."""
+        return [
+            f"{w.url or f'server {w.index}'}: {w.state}, {w.reason}"
             + (f"; before that: {w.trouble}" if w.trouble not in ("", w.reason) else "")
             for w in self.workers
-        )
+            if w.state != "ready"
+        ]
+
+    def no_server(self) -> UserError:
+        """The error of a run without servers."""
+        reasons = "\n".join(f"  {line}" for line in self.troubles())
         return UserError(
             "no SGLang server has been usable for "
             f"{self.config.no_server_timeout_s:g} s (rollout.sglang.no_server_timeout_s):\n{reasons}"
@@ -472,7 +477,9 @@ class Pool:
             worker.tag = None
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.config.start_timeout_s
-        while not await self._well(worker):
+        while ailment := await self._ailment(worker):
+            if not worker.owned or worker.ever_up:
+                worker.reason = ailment  # of a server that is only starting its log says more
             if worker.process is not None and not worker.process.alive:
                 raise ServerFault(
                     f"ended while starting; {worker.process.log} ends:\n{worker.process.tail(5)}"
@@ -483,13 +490,17 @@ class Pool:
         await self._admit(worker)
         worker.ever_up = True
 
-    async def _well(self, worker: Worker) -> bool:
-        """Whether a server that is out of use answers; one that an update left paused, this run's or another's, goes on."""
+    async def _ailment(self, worker: Worker) -> str:
+        """Why a server that is out of use does not answer; "" if it does.
+
+        One that an update left paused, this run's or another's, goes on.
+        """
         try:
             await self.client.call(worker.url, "/continue_generation", {}, self.timing.health_timeout_s)
-        except (ServerFault, Refused):
-            return False
-        return await self.client.healthy(f"{worker.url}/health", self.timing.health_timeout_s)
+        except (ServerFault, Refused) as fault:
+            return str(fault)
+        well = await self.client.healthy(f"{worker.url}/health", self.timing.health_timeout_s)
+        return "" if well else f"{worker.url}/health does not say that it is ready"
 
     async def _admit(self, worker: Worker) -> None:
         """Decide by the weights that a well server holds whether it may be sampled from."""
@@ -510,7 +521,7 @@ class Pool:
         for _ in range(self.timing.health_failures):
             if worker.process is not None and not worker.process.alive:
                 return self._lose(worker, f"ended; {worker.process.log} ends:\n{worker.process.tail(5)}")
-            if await self._well(worker):
+            if not await self._ailment(worker):
                 await asyncio.sleep(self.timing.backoff_s * (worker.faults - 1))
                 return await self._admit(worker)
             await asyncio.sleep(0.5)

@@ -1,0 +1,231 @@
+"""`gtpo-megatron plan`: arguments and printing."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu, published_shape
+
+if TYPE_CHECKING:
+    from gtpo_megatron.plan.estimate import Candidate, Plan
+
+EPILOG = (
+    "Examples:\n\n"
+    "gtpo-megatron plan recipes/large/llama-3.1-70b-math-bf16.yaml --gpus 64\n\n"
+    "gtpo-megatron plan RECIPE.yaml --gpus 64 --search\n\n"
+    "gtpo-megatron plan --published FILE.csv"
+)
+SHOWN = 10  # layouts of a search that are printed, and of those that do not fit
+GIB = 2**30
+
+
+def plan(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe file", metavar="RECIPE.yaml", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Overlay files and overrides, as for train",
+            metavar="OVERLAY.yaml|KEY=VALUE",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="GPUs of the trainer. Default: the fewest that the layout takes.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU (machines.yaml).")] = default_gpu(),
+    lengths: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where completions' lengths come from: a run's directory, or a file with one number a line.",
+            show_default=False,
+        ),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Compare all layouts on --gpus; say why each loses.")
+    ] = False,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            help="Predict every row of a CSV file of published runs (docs/planner.md).", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict a recipe's memory by part and a step's seconds by stage, before anything is started."""
+    if published is not None:
+        if recipe is not None:
+            raise UserError("--published predicts the rows of a file: give no recipe with it")
+        _published(published, as_json)
+        return
+    if recipe is None:
+        raise UserError("give a recipe, e.g. recipes/quickstart.yaml, or --published FILE.csv")
+    _recipe(recipe, settings or [], gpus, gpu, lengths, search, as_json)
+
+
+def _recipe(
+    recipe: Path,
+    settings: list[str],
+    gpus: int | None,
+    kind: str,
+    source: Path | None,
+    searched: bool,
+    as_json: bool,
+) -> None:
+    from gtpo_megatron.config.loading import load_recipe
+    from gtpo_megatron.plan.checks import read_shape
+    from gtpo_megatron.plan.estimate import check_layout, completion_lengths, make_plan
+    from gtpo_megatron.plan.estimate import search as search_layouts
+    from gtpo_megatron.plan.layout import smallest_world
+
+    gpu = find_gpu(kind)
+    config = load_recipe(recipe, settings)
+    tokens = completion_lengths(config, source)
+    path = config.model.path
+    shape = None if Path(path).is_dir() else published_shape(path)
+    if shape is None:
+        shape = read_shape(path)
+    else:
+        typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
+    gpus = gpus or smallest_world(config.parallel)
+    if config.model.fp8 != "none" and gpu.fp8 is None:
+        raise UserError(f"model.fp8: {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=none")
+    console = Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
+    if searched:
+        candidates = search_layouts(config, shape, gpus, gpu, tokens, efficiency())
+        if not candidates:
+            raise UserError(f"--gpus {gpus}: no layout stands on it; take a multiple of 8")
+        if as_json:
+            rows = [c.plan.as_dict() | {"reason": c.reason} for c in candidates]
+            typer.echo(json.dumps(rows))
+        else:
+            _print_search(candidates, console)
+        return
+    check_layout(config, shape, gpus)
+    made = make_plan(config, shape, gpus, gpu, tokens, efficiency())
+    nearest = None
+    if not made.fits:
+        nearest = next(
+            (c.plan for c in search_layouts(config, shape, gpus, gpu, tokens, efficiency()) if c.plan.fits),
+            None,
+        )
+    if as_json:
+        typer.echo(json.dumps(made.as_dict()))
+    else:
+        _print_plan(made, console)
+    if not made.fits:
+        raise UserError(_does_not_fit(made, nearest))
+
+
+def _does_not_fit(made: "Plan", nearest: "Plan | None") -> str:
+    worst = made.worst
+    text = (
+        f"does not fit: {worst.total / GIB:.1f} GiB ± {made.uncertainty['memory']:.0%} on a GPU of stage {worst.stage}, "
+        f"{made.gpu.name} has {made.gpu.memory / GIB:.1f} GiB"
+    )
+    if nearest is None:
+        return f"{text}; no layout fits on {made.gpus} GPUs, take more (--gpus)"
+    return f"{text}; the fastest that does on {made.gpus} GPUs: {layout_name(nearest)}"
+
+
+def layout_name(made: "Plan") -> str:
+    """The overrides that ask for a plan's layout."""
+    parallel = made.parallel
+    words = [
+        f"parallel.{key}={getattr(parallel, key)}" for key in ("tensor", "pipeline", "context", "expert")
+    ]
+    words.append(
+        f"parallel.virtual_pipeline={parallel.virtual_pipeline if parallel.virtual_pipeline else 'null'}"
+    )
+    words.append(f"parallel.sequence={str(parallel.sequence).lower()}")
+    return " ".join([*words, f"training.recompute={made.recompute}"])
+
+
+def _print_plan(made: "Plan", console: Console) -> None:
+    worst, step, unsure = made.worst, made.step, made.uncertainty
+    memory = Table(
+        f"GiB on a GPU of stage {worst.stage}", f"of {made.gpu.memory / GIB:.1f} ({made.gpu.name})"
+    )
+    for name, value in worst.parts.items():
+        memory.add_row(name, f"{value / GIB:.2f}")
+    memory.add_row("total", f"{worst.total / GIB:.2f} ± {unsure['memory']:.0%}")
+    console.print(memory)
+    seconds = Table("seconds of a step", f"± {unsure['step']:.0%}; training ± {unsure['training']:.0%}")
+    sampled = "none, or not modelled" if step.sampling is None else f"{step.sampling:.3g}"
+    seconds.add_row("sampling", sampled)
+    seconds.add_row("scoring", f"{step.scoring:.3g}")
+    seconds.add_row("training", f"{step.training.total:.3g}")
+    for name, value in vars(step.training).items():
+        seconds.add_row(f"  {name}", f"{value:.3g}")
+    seconds.add_row("weight transfer", f"{step.transfer:.3g}")
+    seconds.add_row("step" if step.sampling is not None else "step without sampling", f"{step.step:.3g}")
+    console.print(seconds)
+    servers = ""
+    if (server := made.server) is not None:
+        servers = (
+            f", {made.servers} servers of {server.tensor} sample (on each: weights {server.weights / GIB:.1f} GiB, "
+            f"cache {server.cache / GIB:.1f} GiB for {server.cached_tokens:,.0f} tokens)"
+        )
+    console.print(
+        f"trainer's GPUs: {made.gpus}{servers}; "
+        f"{step.tokens:,.0f} tokens a step, MFU while training {step.flop_share:.0%}, limited by {step.training.limit}"
+    )
+
+
+def _print_search(candidates: "list[Candidate]", console: Console) -> None:
+    fitting = [c for c in candidates if c.plan.fits]
+    rest = [c for c in candidates if not c.plan.fits]
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    table = Table(
+        *("tensor", "pipeline", "virtual", "context", "expert", "recompute"),
+        *("GiB", "training s", "step s", "why not"),
+    )
+    for candidate in [*fitting[:SHOWN], *rest[:SHOWN]]:
+        made = candidate.plan
+        table.add_row(
+            *(str(getattr(made.parallel, name) or "-") for name in names),
+            made.recompute,
+            f"{made.worst.total / GIB:.1f}",
+            f"{made.step.training.total:.2f}",
+            f"{made.step.step:.2f}",
+            candidate.reason or "the fastest that fits",
+        )
+    console.print(table)
+    console.print(f"{len(fitting)} layouts fit, {len(rest)} do not; --json has them all")
+    if fitting:
+        console.print(f"the first as overrides: {layout_name(fitting[0].plan)}")
+
+
+def _published(path: Path, as_json: bool) -> None:
+    from gtpo_megatron.plan.published import compare
+
+    rows = compare(path)
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+        return
+    table = Table("id", "kind", "predicted", "published", "error", "unit")
+    for row in rows:
+        if row.reason:
+            table.add_row(row.id, row.kind, "-", f"{row.published}", "-", row.reason)
+        else:
+            table.add_row(
+                row.id,
+                row.kind,
+                f"{row.predicted:,.1f} ± {row.uncertainty:.0%}",
+                f"{row.published:g}",
+                f"{row.error:+.1%}",
+                row.unit,
+            )
+    Console(width=200).print(table)

@@ -1,0 +1,381 @@
+"""The plan of a recipe: what a GPU holds and what a step takes, and the layouts of a number of GPUs beside each other."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+
+from gtpo_megatron.config import ParallelConfig, RunConfig
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.checks import batch_problems, layout_problems
+from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
+from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
+from gtpo_megatron.plan.memory import GIB, RankMemory, smallest_server, training_memory
+from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
+from gtpo_megatron.plan.time import (
+    UNCERTAINTY,
+    Layout,
+    StepTime,
+    Work,
+    model_flop,
+    step_time,
+    transfer_seconds,
+)
+
+TYPICAL_SHARE = 0.4  # of max_new_tokens that an average completion has, where nothing better is known
+TYPICAL_PROMPT = 0.25  # of max_prompt_tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Seconds of a step. `sampling` is None where it is not modelled; `step` then is training's part alone."""
+
+    training: StepTime
+    scoring: float
+    sampling: float | None
+    transfer: float
+    step: float
+    tokens: float  # prompts included
+    flop_share: float  # model FLOP utilisation while training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is predicted of a recipe on a number of GPUs."""
+
+    gpus: int
+    gpu: GPU
+    parallel: ParallelConfig
+    recompute: str
+    memory: tuple[RankMemory, ...]
+    step: StepPlan
+    server: Server | None  # one of them; None where none samples
+    servers: int
+    uncertainty: dict[str, float]
+
+    @property
+    def worst(self) -> RankMemory:
+        return max(self.memory, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool:
+        """With the uncertainty on top."""
+        return self.worst.total * (1 + self.uncertainty["memory"]) <= self.gpu.memory
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: bytes and seconds."""
+        worst, step = self.worst, self.step
+        return {
+            "gpus": self.gpus,
+            "gpu": self.gpu.name,
+            "parallel": self.parallel.model_dump(),
+            "recompute": self.recompute,
+            "fits": self.fits,
+            "memory": {
+                "limit": self.gpu.memory,
+                "worst_stage": worst.stage,
+                "total": worst.total,
+                **worst.parts,
+            },
+            "seconds": {
+                "step": step.step,
+                "sampling": step.sampling,
+                "training": step.training.total,
+                "scoring": step.scoring,
+                "transfer": step.transfer,
+                "training_by_cause": asdict(step.training),
+            },
+            "limit": step.training.limit,
+            "tokens_per_step": step.tokens,
+            "mfu_training": step.flop_share,
+            "servers": _server_dict(self.server, self.servers),
+            "uncertainty": self.uncertainty,
+        }
+
+
+def _server_dict(server: Server | None, count: int) -> dict[str, object] | None:
+    """Bytes on a GPU of a server."""
+    if server is None:
+        return None
+    return {
+        "count": count,
+        "tensor": server.tensor,
+        "weights": server.weights,
+        "cache": server.cache,
+        "left": server.gpu.memory - server.weights - server.cache,
+        "cached_tokens": int(server.cached_tokens),
+    }
+
+
+def completion_lengths(config: RunConfig, source: Path | None) -> list[float]:
+    """Tokens of completions: of a run's stored trajectories, of a file with one number a line (or a JSON list), or a usual spread.
+
+    Raises:
+        UserError: nothing is there, or a length is no positive number; the line is named.
+    """
+    if source is None:
+        count = config.rollout.prompts_per_step * config.rollout.group_size
+        longest = config.rollout.max_new_tokens
+        return spread_lengths(TYPICAL_SHARE * longest, longest, min(count, MOST))
+    if source.is_dir():
+        return _run_lengths(source)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--lengths: {source}: cannot be read: {error}") from error
+    lengths = [_length(item, f"{source}:{line}") for line, item in enumerate(_items(text), 1) if item.strip()]
+    if not lengths:
+        raise UserError(f"--lengths: {source}: no lengths there; expected tokens of a completion, one a line")
+    return lengths
+
+
+def _items(text: str) -> list[str]:
+    if text.lstrip().startswith("["):
+        try:
+            return [str(item) for item in json.loads(text)]
+        except ValueError:
+            pass  # the first line then is no number, and named
+    return text.splitlines()
+
+
+def _length(item: str, place: str) -> float:
+    try:
+        value = float(item)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e8:
+        raise UserError(f"--lengths: {place}: {item.strip()[:40]!r} is no number of tokens above 0")
+    return value
+
+
+def _run_lengths(run: Path) -> list[float]:
+    import pyarrow.parquet as parquet
+
+    files = sorted((run / "trajectories").glob("step-*.parquet"))
+    if not files:
+        raise UserError(f"--lengths: {run}: no trajectories/step-*.parquet there; give a run's directory")
+    try:
+        tables = [parquet.read_table(file, columns=["token_ids"]) for file in files[-8:]]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--lengths: {run}: {str(error).splitlines()[0]}") from error
+    lengths = [float(len(ids)) for table in tables for ids in table["token_ids"].to_pylist() if ids]
+    if not lengths:
+        raise UserError(f"--lengths: {run}: its newest steps hold no completion")
+    return lengths
+
+
+def make_plan(
+    config: RunConfig,
+    shape: HFShape,
+    gpus: int,
+    gpu: GPU,
+    lengths: Sequence[float],
+    reached: Efficiency,
+    *,
+    sampling: float | None = None,
+) -> Plan:
+    """The plan of a recipe on `gpus` trainer GPUs; servers as the recipe starts them, or as many GPUs as the trainer has.
+
+    `sampling` are seconds that are known already, for plans that differ in the trainer alone.
+    """
+    completions = config.rollout.prompts_per_step * config.rollout.group_size
+    if config.algorithm.name == "sft":
+        completions = config.training.sft_batch_size
+    work = packed_work(config, gpus, lengths, completions, reached)
+    tensor, servers = server_shape(config, shape, gpus, gpu)
+    if sampling is None:
+        sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached)
+    step = _step(config, shape, gpus, gpu, work, sampling, reached)
+    uncertainty = {
+        "memory": UNCERTAINTY["memory"],
+        "training": UNCERTAINTY["mixture" if shape.experts else "dense"],
+        "step": UNCERTAINTY["rl"],
+    }
+    return Plan(
+        gpus,
+        gpu,
+        config.parallel,
+        config.training.recompute,
+        training_memory(config, shape, gpus, int(work.micro_batches)),
+        step,
+        Server(of_shape(shape, ""), gpu, tensor) if tensor else None,
+        servers,
+        uncertainty,
+    )
+
+
+def server_shape(config: RunConfig, shape: HFShape, gpus: int, gpu: GPU) -> tuple[int, int]:
+    """GPUs of a server, and servers: the recipe's own, or of servers by URL the smallest that fit, on as many GPUs as the trainer."""
+    sglang = config.rollout.sglang
+    if config.rollout.engine != "sglang" or config.algorithm.name == "sft":
+        return 0, 0
+    if not (sglang.urls or sglang.urls_file):
+        return sglang.tensor, sglang.servers
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    tensor = smallest_server(shape, gpu, longest)
+    if not tensor:
+        raise UserError(
+            f"no server of up to {4 * gpu.node} {gpu.name} holds the model and eight sequences of {longest} tokens; "
+            "lower rollout.max_new_tokens or take a GPU with more memory (--gpu)"
+        )
+    return tensor, max(1, len(sglang.urls) or gpus // max(1, tensor))
+
+
+def sampled_seconds(
+    config: RunConfig, shape: HFShape, gpus: int, gpu: GPU, lengths: Sequence[float], reached: Efficiency
+) -> float | None:
+    """Of a step's batch on the servers; None for the embedded engine, whose speed is not modelled, and for SFT."""
+    tensor, servers = server_shape(config, shape, gpus, gpu)
+    if not tensor:
+        return None
+    rollout = config.rollout
+    prompt = TYPICAL_PROMPT * config.data.max_prompt_tokens
+    asked = round(rollout.prompts_per_step * rollout.group_size * rollout.oversample)
+    kept = sorted(lengths)[: max(1, round(len(lengths) / rollout.oversample))]  # the longest are given up
+    server = Server(of_shape(shape, ""), gpu, tensor)
+    return batch_seconds(server, prompt, kept, -(-asked // servers), rollout.sglang.concurrency, reached)
+
+
+def packed_work(
+    config: RunConfig, gpus: int, lengths: Sequence[float], completions: int, reached: Efficiency
+) -> Work:
+    """What a replica is dealt of a step's batch: rows of packed sequences, as many as the schedule takes.
+
+    Attention grows with the square of a sequence, so that its length stands for the batch by sum of squares over sum.
+    """
+    parallel = config.parallel
+    prompt = TYPICAL_PROMPT * config.data.max_prompt_tokens
+    sequences = [length + prompt for length in lengths]
+    total = sum(sequences)
+    row = max(1, round(sum(x * x for x in sequences) / total))
+    tokens = completions * total / len(sequences) / data_parallel_size(parallel, gpus)
+    multiple = parallel.pipeline if parallel.virtual_pipeline else 1
+    needed = tokens / config.training.micro_batch_tokens / reached.rl_fill
+    micro_batches = multiple * ceil(needed / multiple)
+    local = config.model.layers == "local"
+    return Work(
+        row=row,
+        rows=tokens / micro_batches / row,
+        micro_batches=micro_batches,
+        precision="bf16" if config.model.fp8 == "none" else "fp8",
+        recompute=config.training.recompute,
+        torch_attention=local,
+        eager=local,
+    )
+
+
+def _step(
+    config: RunConfig,
+    shape: HFShape,
+    gpus: int,
+    gpu: GPU,
+    work: Work,
+    sampling: float | None,
+    reached: Efficiency,
+) -> StepPlan:
+    model, parallel, algorithm = of_shape(shape, ""), config.parallel, config.algorithm
+    layout = Layout(
+        gpus,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline or 1,
+        parallel.context,
+        parallel.expert,
+    )
+    training = step_time(model, gpu, layout, work, reached)
+    passes = int(algorithm.updates_per_batch > 1 and algorithm.old_logprobs == "trainer")
+    passes += int(algorithm.kl_beta > 0)
+    scored = replace(work, recompute="none", forward_only=True)
+    scoring = passes * step_time(model, gpu, layout, scored, reached).total if passes else 0.0
+    sampled = sampling is not None
+    transfer = transfer_seconds(model, gpu, reached) if sampled else 0.0
+    own = training.total * algorithm.updates_per_batch + scoring + transfer
+    overlapped = sampled and config.rollout.staleness > 0
+    step = max(own, sampling or 0.0) if overlapped else own + (sampling or 0.0)
+    overhead = reached.step_overhead_s if sampled else 0.0
+    tokens = work.row * work.rows * work.micro_batches * layout.data
+    share = tokens * model_flop(model, work.row) / gpus / training.total / gpu.bf16
+    return StepPlan(training, scoring, sampling, transfer, step + overhead, tokens, share)
+
+
+def numbers_of_gpus(parallel: ParallelConfig, shape: HFShape, gpus: int) -> int:
+    """The number of GPUs nearest to `gpus` on which the layout stands."""
+    least = smallest_world(parallel)
+    return max(least, round(gpus / least) * least)
+
+
+def check_layout(config: RunConfig, shape: HFShape, gpus: int) -> None:
+    """Raise UserError with every rule of the layout that is broken, and the nearest number of GPUs that works."""
+    problems = list(layout_problems(config.parallel, shape, gpus)) or list(batch_problems(config, gpus))
+    if problems:
+        nearest = numbers_of_gpus(config.parallel, shape, gpus)
+        works = not list(layout_problems(config.parallel, shape, nearest))
+        hint = f"\n  nearest that works: --gpus {nearest}" if works and nearest != gpus else ""
+        raise UserError(f"--gpus {gpus}: " + "\n  ".join(problems) + hint)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of a search, and why it is not the first."""
+
+    plan: Plan
+    reason: str
+
+
+def search(
+    config: RunConfig, shape: HFShape, gpus: int, gpu: GPU, lengths: Sequence[float], reached: Efficiency
+) -> list[Candidate]:
+    """Layouts that stand on `gpus` GPUs, best first: those that fit by seconds of training, then those that do not by memory."""
+    sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached)
+    plans = [
+        make_plan(changed, shape, gpus, gpu, lengths, reached, sampling=sampling)
+        for changed in _layouts(config, shape, gpus, gpu)
+    ]
+    fitting = sorted((p for p in plans if p.fits), key=lambda p: (p.step.step, p.step.training.total))
+    rest = sorted((p for p in plans if not p.fits), key=lambda p: p.worst.total)
+    if not fitting:
+        return [Candidate(plan, _too_large(plan)) for plan in rest]
+    best = fitting[0]
+    return [
+        *(Candidate(plan, "" if plan is best else _slower(plan, best)) for plan in fitting),
+        *(Candidate(plan, _too_large(plan)) for plan in rest),
+    ]
+
+
+def _layouts(config: RunConfig, shape: HFShape, gpus: int, gpu: GPU) -> Iterator[RunConfig]:
+    powers = [2**n for n in range(12)]
+    chunked = [n for n in range(2, 9) if shape.layers % n == 0]
+    for tensor in (n for n in powers if n <= min(gpu.node, gpus)):
+        for pipeline in (n for n in range(1, min(shape.layers, gpus) + 1) if shape.layers % n == 0):
+            for context in (n for n in powers[:4] if tensor * pipeline * n <= gpus):
+                for expert in (n for n in powers if n <= max(1, shape.experts)):
+                    for virtual in (None, *(chunked if pipeline > 1 else [])):
+                        parallel = ParallelConfig(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=virtual,
+                            context=context,
+                            expert=expert,
+                            sequence=tensor > 1,
+                        )
+                        spread = config.model_copy(update={"parallel": parallel})
+                        if any(layout_problems(parallel, shape, gpus)) or any(batch_problems(spread, gpus)):
+                            continue
+                        for recompute in ("none", "selective", "full"):
+                            training = config.training.model_copy(update={"recompute": recompute})
+                            yield spread.model_copy(update={"training": training})
+
+
+def _too_large(plan: Plan) -> str:
+    worst = plan.worst
+    part = max(worst.parts, key=lambda name: worst.parts[name])
+    return f"does not fit; most: {part}, {worst.parts[part] / GIB:.1f} GiB"
+
+
+def _slower(plan: Plan, best: Plan) -> str:
+    mine, theirs = plan.step.training, best.step.training
+    cause = max(vars(mine), key=lambda name: getattr(mine, name) - getattr(theirs, name))
+    more = mine.total - theirs.total
+    worse = getattr(mine, cause) - getattr(theirs, cause)
+    return f"trains {more:.2f} s slower; most of it {cause}: {worse:+.2f} s"
