@@ -6,16 +6,18 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gtpo_megatron.cluster.record import JOB, SERVERS, SERVERS_JOB, SUBMISSIONS
 from gtpo_megatron.cluster.site import Site
+from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 SCRIPT, SERVE, LIBRARY, RECIPE, SITE = "train.sbatch", "serve.sbatch", "lib.sh", "recipe.yaml", "site.yaml"
 AFTERWARDS = ("convert.sbatch", "evaluate.sbatch")  # for a person to submit, e.g. by a dependency
+ARRAY = "array.sbatch"  # of the runs of a sweep
 OPTIONS_MARK = "# --- options of the cluster ---\n"
 FACTS_MARK = "# --- facts of the cluster and of this run ---\n"
 Options = Callable[["Job", Site], Iterator[str]]
@@ -40,6 +42,11 @@ class Job:
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+
+def of_run(shape: Job, config: RunConfig) -> Job:
+    """A job of this shape for the run of `config`."""
+    return replace(shape, name=config.name, run=Path(os.path.abspath(config.path)))
 
 
 def servers_settings(job: Job, tensor: int, servers: int) -> list[str]:
@@ -84,6 +91,13 @@ def servers_options(job: Job, site: Site) -> Iterator[str]:
         yield f"--cpus-per-task={site.cpus_per_rank * job.ranks_per_node}"
     yield from _options_of_all(job, site)
     yield from site.sbatch_servers
+
+
+def array_options(job: Job, site: Site, runs: int, at_once: int | None) -> Iterator[str]:
+    """The same for a sweep: an array of so many jobs, each as `job` is, of which no more than `at_once` run at a time."""
+    yield from options(job, site)
+    yield f"--array=0-{runs - 1}{f'%{at_once}' if at_once else ''}"
+    yield f"--output={job.run}/slurm-%A_%a.log"
 
 
 def command_options(job: Job, site: Site) -> Iterator[str]:
@@ -138,11 +152,15 @@ def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
 
 def script(job: Job, site: Site, submission: Path, template: str, asked_of_slurm: Options = options) -> str:
     """The sbatch file: `template` with the options and facts in their places."""
+    asked = "".join(f"#SBATCH {option}\n" for option in asked_of_slurm(job, site))
+    known = "".join(f"{line}\n" for line in facts(job, site, submission))
+    return _fill(template, asked, known)
+
+
+def _fill(template: str, asked: str, known: str) -> str:
     for mark in (OPTIONS_MARK, FACTS_MARK):
         if template.count(mark) != 1:
             raise UserError(f"{SCRIPTS}: in an sbatch file the line '{mark.strip()}' must be there, once")
-    asked = "".join(f"#SBATCH {option}\n" for option in asked_of_slurm(job, site))
-    known = "".join(f"{line}\n" for line in facts(job, site, submission))
     return template.replace(OPTIONS_MARK, OPTIONS_MARK + asked).replace(FACTS_MARK, FACTS_MARK + known)
 
 
@@ -156,27 +174,46 @@ def write(job: Job, site: Site, recipe: str) -> Path:
         UserError: the project's slurm/ is not beside the package, a folder that the job needs is not in its container, or
             Slurm refuses the job.
     """
-    if not (SCRIPTS / SCRIPT).is_file():
-        raise UserError(f"{SCRIPTS / SCRIPT}: not there; submit from a clone of the project (pip install -e)")
     for what, path in (("the run's directory", job.run), ("this folder", job.folder)):
         if not site.container.holds(path):
             raise UserError(
                 f"container.mounts: {what}, {path}, is not in the container under that name; mount it or one above it"
             )
-    parent = job.run / SUBMISSIONS
+
+    def files(folder: Path) -> Iterator[tuple[str, str]]:
+        for name, asked in scripts_of(job).items():
+            yield name, script(job, site, folder, _template(name), asked)
+        yield LIBRARY, _template(LIBRARY)
+        yield RECIPE, recipe
+        yield SITE, site.model_dump_json(indent=1)
+
+    return _write_whole(job.run / SUBMISSIONS, files)
+
+
+def write_array(job: Job, site: Site, runs: Sequence[Path], at_once: int | None) -> Path:
+    """The same for a job array, each element of which runs the train.sbatch of one of the folders `runs`."""
+
+    def files(_: Path) -> Iterator[tuple[str, str]]:
+        asked = "".join(f"#SBATCH {option}\n" for option in array_options(job, site, len(runs), at_once))
+        known = f"{_array('scripts', [str(run / SCRIPT) for run in runs])}\n"
+        yield ARRAY, _fill(_template(ARRAY), asked, known)
+
+    return _write_whole(job.run / SUBMISSIONS, files)
+
+
+def _write_whole(parent: Path, files: Callable[[Path], Iterator[tuple[str, str]]]) -> Path:
+    """A new folder 1, 2, ... in `parent`, with the files (name, text) that `files` gives for it; scripts are checked."""
+    if not (SCRIPTS / SCRIPT).is_file():
+        raise UserError(f"{SCRIPTS / SCRIPT}: not there; submit from a clone of the project (pip install -e)")
     partial = parent / f".{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir(parents=True)
     try:
         number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0)
         folder = parent / str(number)
-        for name, asked in scripts_of(job).items():
-            template = (SCRIPTS / name).read_text(encoding="utf-8")
-            (partial / name).write_text(script(job, site, folder, template, asked), encoding="utf-8")
-        shutil.copyfile(SCRIPTS / LIBRARY, partial / LIBRARY)
-        (partial / RECIPE).write_text(recipe, encoding="utf-8")
-        (partial / SITE).write_text(site.model_dump_json(indent=1), encoding="utf-8")
-        for name in scripts_of(job):
-            check(partial / name)
+        for name, text in files(folder):
+            (partial / name).write_text(text, encoding="utf-8")
+        for path in sorted(partial.glob("*.sbatch")):
+            check(path)
         try:
             os.rename(partial, folder)
         except OSError as error:
@@ -184,6 +221,10 @@ def write(job: Job, site: Site, recipe: str) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _template(name: str) -> str:
+    return (SCRIPTS / name).read_text(encoding="utf-8")
 
 
 def scripts_of(job: Job) -> dict[str, Options]:
@@ -214,9 +255,17 @@ def submit(folder: Path) -> list[str]:
     return queued
 
 
+def submit_array(folder: Path, runs: Sequence[Path]) -> str:
+    """Queue a job array, and note in the submission of each run which element is its; return the array's number."""
+    (array,) = submit(folder)
+    for index, run in enumerate(runs):
+        (run / JOB).write_text(f"{array}_{index}\n", encoding="utf-8")
+    return array
+
+
 def commands(folder: Path) -> list[list[str]]:
-    """The lines that queue the jobs: of the run, and of its servers if they have jobs of their own."""
-    files = [folder / name for name in (SCRIPT, SERVE)]
+    """The lines that queue the jobs: of the run or the array, and of servers if they have jobs of their own."""
+    files = [folder / name for name in (SCRIPT, ARRAY, SERVE)]
     return [["sbatch", "--parsable", str(file)] for file in files if file.exists()]
 
 

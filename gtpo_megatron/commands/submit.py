@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +14,14 @@ from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from gtpo_megatron.cluster.site import Site
     from gtpo_megatron.cluster.submission import Job
 
 EPILOG = (
     "Examples:\n\n"
     "gtpo-megatron submit RECIPE.yaml --site pyxis --nodes 16 training.steps=500\n\n"
-    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run"
+    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run\n\n"
+    "gtpo-megatron submit SWEEP.yaml --sweep --site mysite.yaml --nodes 2 --at-once 4"
 )
 
 
@@ -44,6 +47,12 @@ def submit(
     retries: Annotated[
         int, typer.Option(min=0, help="Times that the job is requeued without a new step.")
     ] = 3,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="RECIPE is a sweep file: a job array, an element a run.")
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Runs of a sweep at a time. Default: all.", show_default=False)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write and check the files; submit nothing.")
     ] = False,
@@ -54,17 +63,14 @@ def submit(
     """
     from gtpo_megatron.cluster import submission
     from gtpo_megatron.cluster.site import load_site
-    from gtpo_megatron.config.loading import load_recipe, to_yaml
-    from gtpo_megatron.run.identity import check_directory
+    from gtpo_megatron.config.loading import load_recipe
 
     facts = load_site(site)
-    words = settings or []
-    config = load_recipe(recipe, words)
     gpus = facts.gpus_per_node if gpus_per_node is None else gpus_per_node
     in_container = facts.container.kind != "none"
-    job = submission.Job(
-        name=config.name,
-        run=Path(os.path.abspath(config.path)),
+    shape = submission.Job(
+        name=recipe.stem,
+        run=Path.cwd(),
         folder=Path.cwd(),
         nodes=nodes,
         ranks_per_node=gpus_per_node or facts.ranks_per_node or gpus,
@@ -75,17 +81,64 @@ def submit(
         servers=servers,
         servers_jobs=servers_job,
     )
+    words = settings or []
+    if sweep:
+        _submit_sweep(recipe, words, shape, facts, at_once, dry_run)
+        return
+    config = load_recipe(recipe, words)
     if servers or servers_job:
+        job = submission.of_run(shape, config)
         config = load_recipe(recipe, [*words, *_servers_settings(config, job)])
-    check_allocation(config, job, facts.compute_capability)
-    check_directory(config)
-    folder = submission.write(job, facts, to_yaml(config))
-    typer.echo(f"{job.nodes} nodes x {job.ranks_per_node} ranks: {folder / submission.SCRIPT}")
+    folder = _write(config, shape, facts)
+    typer.echo(f"{nodes} nodes x {shape.ranks_per_node} ranks: {folder / submission.SCRIPT}")
     if dry_run:
         for line in submission.commands(folder):
             typer.echo(shlex.join(line))
         return
     typer.echo(f"job {', '.join(submission.submit(folder))}; where it is: gtpo-megatron status {config.path}")
+
+
+def _write(config: RunConfig, shape: "Job", site: "Site") -> Path:
+    """Check the run against its directory and its nodes, and write the files of its submission."""
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.config.loading import to_yaml
+    from gtpo_megatron.run.identity import check_directory
+
+    job = submission.of_run(shape, config)
+    check_allocation(config, job, site.compute_capability)
+    check_directory(config)
+    return submission.write(job, site, to_yaml(config))
+
+
+def _submit_sweep(
+    file: Path, words: list[str], shape: "Job", site: "Site", at_once: int | None, dry_run: bool
+) -> None:
+    """A job array of the runs of a sweep that are not complete yet."""
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.sweep.design import load_sweep
+    from gtpo_megatron.sweep.runner import is_complete
+
+    if shape.servers or shape.servers_jobs:
+        raise UserError(
+            "--sweep with --servers or --servers-job: each run needs servers of its own; write the runs' recipes by "
+            "`gtpo-megatron sweep SWEEP.yaml --write DIR`, and submit them one by one"
+        )
+    runs = [run for run in load_sweep(file, words) if not is_complete(run)]
+    if not runs:
+        typer.echo(f"{file}: all runs are complete")
+        return
+    folders = [_write(run.config, shape, site) for run in runs]
+    job = replace(shape, run=Path(os.path.abspath(runs[0].config.path.parent / f"{file.stem}.sweep")))
+    folder = submission.write_array(job, site, folders, at_once)
+    for index, run in enumerate(runs):
+        typer.echo(f"{index} {run.name}")
+    if dry_run:
+        typer.echo(shlex.join(*submission.commands(folder)))
+        return
+    array = submission.submit_array(folder, folders)
+    typer.echo(
+        f"job array {array}, logs in {job.run}; where a run is: gtpo-megatron status {runs[0].config.path}"
+    )
 
 
 def _servers_settings(config: RunConfig, job: "Job") -> list[str]:

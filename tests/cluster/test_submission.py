@@ -308,7 +308,13 @@ def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) ->
         ),
         (
             "evaluate.sbatch",
-            ["evaluate", "{folder}/recipe.yaml", "rollout.engine=embedded", "model.path={run}/hf", "--x"],
+            [
+                "evaluate",
+                "{folder}/recipe.yaml",
+                "rollout.engine=embedded",
+                "model.path={run}/checkpoints/latest",
+                "--x",
+            ],
         ),
     ],
 )
@@ -327,3 +333,27 @@ def test_commands_after_a_run_have_its_facts(job: Job, tmp_path: Path, name: str
     found = srun_of(text, tmp_path)
     expected = [word.format(run=job.run, folder=folder) for word in words]
     assert found[found.index("gtpo_megatron") + 1 :] == expected
+
+
+def test_the_trained_policy_is_evaluated_where_it_was_exported(job: Job, tmp_path: Path) -> None:
+    folder = write(job, a_site(), "name: trial\n")
+    (job.run / "hf").mkdir()
+    assert f"model.path={job.run}/hf" in srun_of((folder / "evaluate.sbatch").read_text(), tmp_path)
+
+
+def test_a_sweep_is_an_array_whose_elements_run_the_scripts_of_its_runs(job: Job, tmp_path: Path) -> None:
+    runs = [replace(job, run=tmp_path / "runs" / name) for name in ("a b", "c")]
+    folders = [write(run, a_site(), "name: trial\n") for run in runs]
+    of_array = replace(job, name="both", run=tmp_path / "runs" / "both.sweep")
+    folder = submission.write_array(of_array, a_site(), folders, at_once=1)
+    text = (folder / "array.sbatch").read_text()
+    assert {"--job-name=both", "--array=0-1%1", "--requeue", "--signal=USR1@300"} <= set(options_of(text))
+    assert options_of(text)[-1] == f"--output={of_array.run}/slurm-%A_%a.log"
+    for folder in folders:
+        (folder / "train.sbatch").write_text(f'echo "{folder}" "$@"')
+    for index, expected in enumerate(folders):
+        environ = {"SLURM_ARRAY_TASK_ID": str(index), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            ["bash", "-c", text, "array", "more"], env=environ, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{expected} more\n"
