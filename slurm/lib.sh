@@ -111,13 +111,59 @@ end_servers() {
   fi
 }
 
+# watch_ranks SRUN_PID SECONDS: ends the step when a rank, once it has begun, gives no sign of life for so long
+# (gtpo_megatron/cluster/pulse.py), after all have written their stacks to their logs. Notes the ranks in $attempt_dir/hung.
+# What time it is says the file system alone: the clocks of the nodes need not agree.
+watch_ranks() {
+  local step=$1 age=0 silent
+  trap 'kill "$!" 2>/dev/null; exit 0' TERM
+  touch "$attempt_dir/pulse/.then"
+  while :; do
+    sleep 5 &
+    wait "$!"
+    age=$((age + 5))
+    if [ "$age" -le "$2" ]; then continue; fi
+    silent=$(silent_ranks)
+    if [ -n "$silent" ]; then # they, and this shell, may have waited for the file system alone
+      sleep 10 &
+      wait "$!"
+      silent=$(silent_ranks)
+    fi
+    if [ -n "$silent" ] && ! grep -qE "$end_of_task" "$attempt_dir/srun.log"; then
+      echo "$silent" >"$attempt_dir/hung"
+      say "no sign of life for $2 s from rank.node $(one_line <<<"$silent")- all are asked for their stacks, and ended"
+      kill -USR2 "$step" # srun passes it on
+      sleep 5 &
+      wait "$!"
+      kill -TERM "$step" # srun kills them
+      return
+    fi
+    touch "$attempt_dir/pulse/.then"
+    age=0
+  done
+}
+
+# The ranks, as RANK.NODE, whose sign of life is older than the file .then.
+silent_ranks() { (cd "$attempt_dir/pulse" && find . -type f ! -name '.*' ! -newer .then -printf '%f\n' | sort -n); }
+
+end_of_task='[^ ]+: tasks? [0-9][0-9,-]*: .*' # how srun says that one has ended badly
+
 # run_step SRUN...: runs a step and waits for it, whatever signals come meanwhile. Sets $step_code to what ended it:
 # the exit code of the first rank that ended badly. srun's own is the highest of all, and those ended in its wake,
-# by a signal, have a higher one.
+# by a signal, have a higher one. With $hung_after, ranks that hang for so many seconds end it.
 run_step() {
-  local code first step
+  local code first step watcher=
+  export GTPO_PULSE=
+  if [ "${hung_after:-0}" != 0 ]; then
+    GTPO_PULSE=$attempt_dir/pulse
+    mkdir -p "$GTPO_PULSE"
+  fi
   "$@" 2>"$attempt_dir/srun.log" &
   step=$!
+  if [ -n "$GTPO_PULSE" ]; then
+    watch_ranks "$step" "$hung_after" &
+    watcher=$!
+  fi
   while :; do
     interrupted=0
     if [ -s "$attempt_dir/servers.ended" ]; then kill -TERM "$step" 2>/dev/null; fi
@@ -125,14 +171,22 @@ run_step() {
     code=$?
     [ "$interrupted" = 0 ] && break
   done
+  if [ -n "$watcher" ]; then
+    kill "$watcher" 2>/dev/null
+    wait "$watcher"
+  fi
   cat "$attempt_dir/srun.log"
-  first_end=$(grep -m 1 -oE '[^ ]+: tasks? [0-9][0-9,-]*: .*' "$attempt_dir/srun.log")
+  first_end=$(grep -m 1 -oE "$end_of_task" "$attempt_dir/srun.log")
   first=${first_end##*exit code }
   step_code=$code
   if [ "$code" != 0 ] && [[ $first =~ ^[0-9]+$ ]]; then step_code=$first; fi
   if [ "$step_code" != 0 ] && [ -s "$attempt_dir/servers.ended" ]; then
     step_code=$(cat "$attempt_dir/servers.ended") logs=server
-    first_end=$(grep -E '[^ ]+: tasks? [0-9][0-9,-]*: .*' "$attempt_dir/servers.log" | tail -n 1)
+    first_end=$(grep -E "$end_of_task" "$attempt_dir/servers.log" | tail -n 1)
+  fi
+  if [ "$step_code" != 0 ] && [ -s "$attempt_dir/hung" ]; then
+    step_code=hung first_end="rank.node $(one_line <"$attempt_dir/hung")gave no sign of life for $hung_after s"
+    avoid=$(sed 's/^[0-9]*\.//' "$attempt_dir/hung" | sort -u | paste -sd,)
   fi
 }
 
@@ -174,11 +228,23 @@ end_command() {
   esac
 }
 
-# requeue WHY: the same job again, from the newest checkpoint.
+# requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
-  if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then end_job 0 "$1; requeued"; fi
+  if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    if [ -n "${avoid:-}" ]; then leave_out "$avoid"; fi
+    end_job 0 "$1; requeued${avoid:+ without $avoid}"
+  fi
   end_job 3 "$1; cannot be requeued ($(one_line <<<"$answer")): submit again to go on"
+}
+
+# leave_out NODES: this job, which waits in the queue, does not get these nodes. Slurm changes the list of a waiting job alone.
+leave_out() {
+  local before answer
+  before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  if [ "$before" = "(null)" ]; then before=; fi
+  answer=$(scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${before:+$before,}$1" 2>&1) ||
+    say "Slurm does not leave out $1: $(one_line <<<"$answer")"
 }
 
 # The newest step that the metrics know; 0 without one.

@@ -17,7 +17,7 @@ class Attempt:
     number: int
     job_id: str
     step: int
-    how: str  # exit code, or "term"
+    how: str  # exit code, "term", or "hung"
 
 
 def job_ids(run: Path, file: str = JOB) -> list[str]:

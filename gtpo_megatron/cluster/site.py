@@ -59,6 +59,9 @@ class Site(Section):
     stop_before_s: int = Field(
         300, ge=60, description="seconds before the time limit at which a run is asked to save and stop"
     )
+    hung_after_s: int = Field(
+        90, ge=0, description="seconds without a sign of life after which a rank counts as hung; 0: never"
+    )
     sbatch: tuple[str, ...] = Field((), description="more options, e.g. --exclusive")
     sbatch_servers: tuple[str, ...] = Field(
         (), description="more options of jobs of servers, e.g. --partition=preempt"

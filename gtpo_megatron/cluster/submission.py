@@ -136,6 +136,7 @@ def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
         in_container += [*(["--bind", mounts] if mounts else []), "--pwd", str(job.folder), container.image]
     yield f"lib={shlex.quote(str(submission / LIBRARY))}"
     yield f"retries={job.retries}"
+    yield f"hung_after={site.hung_after_s}"
     yield f"servers={'jobs' if job.servers_jobs else job.servers}"
     yield _array("modules", site.modules)
     yield _array("python", [job.python])

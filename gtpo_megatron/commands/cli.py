@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from gtpo_megatron import __version__
+from gtpo_megatron.cluster.pulse import give_pulse
 from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     try:
         join_step(os.environ)
+        give_pulse(os.environ)
         app(args=arguments)
     except UserError as error:
         if os.environ.get("GTPO_TRACEBACK") == "1":

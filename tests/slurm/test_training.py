@@ -94,6 +94,32 @@ def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
     cluster.wait_until_idle()
 
 
+def test_a_rank_that_hangs_is_found_and_the_job_goes_on_without_its_node(
+    cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
+) -> None:
+    with site.open("a") as file:
+        file.write("hung_after_s: 15\n")
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 3)
+    job_id = submit("small", "training.steps=5")
+    wait_until(lambda: len(steps(run)) == 3, "three steps")
+    assert sorted(path.name for path in (run / "attempts/1/pulse").glob("*")) == ["0.node1", "1.node2"]
+    rank = cluster.run("pgrep", "-f", "gtpo_megatron train", node="node2").stdout.split()[-1]
+    cluster.run("kill", "-STOP", rank, node="node2")
+    hold(run, 10)  # rank 0 waits for the other in a collective
+    job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"], job["ExcNodeList"]) == ("COMPLETED", "1", "node2")
+    assert "node2" not in job["NodeList"]
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert "END failed at step 3: rank.node 1.node2 gave no sign of life for 15 s; " in log
+    assert "; requeued without node2" in log
+    assert "gtpo_megatron/train.py" in (run / "attempts/1/rank-0.log").read_text()  # where it waited
+    assert [row[1:] for row in ended(run)] == [[job_id, "3", "hung"], [job_id, "5", "0"]]
+    assert steps(run) == [1, 2, 3, 4, 5]
+    assert list((run / "attempts/2/pulse").glob("*")) == []
+
+
 def test_a_run_is_stopped_for_good_and_later_cancelled(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
