@@ -40,6 +40,7 @@ def check_whole(run: Path) -> None:
         assert row["logprob_gap/max"] < 1e-3
 
 
+@pytest.mark.soak
 def test_a_job_of_servers_leaves_and_comes_back_while_the_run_goes_on(
     cluster: VirtualSlurm,
     environment: dict[str, str],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
@@ -120,6 +121,50 @@ def test_a_rank_that_hangs_is_found_and_the_job_goes_on_without_its_node(
     assert list((run / "attempts/2/pulse").glob("*")) == []
 
 
+def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 2)
+    job_id = submit("small", "training.steps=4")
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    words = ("--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
+    urgent = cluster.run("sbatch", *words, "--wrap=true", environment=environment).stdout.strip()
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    (run.parents[1] / "hold").unlink()
+    assert cluster.wait_for_job(urgent)["JobState"] == "COMPLETED"
+    job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    first = ended(run)[0][1:]
+    assert first == [job_id, "3", "term"]  # the step under way was finished, and saved
+    assert steps(run) == [1, 2, 3, 4]
+
+
+def test_two_runs_share_nodes_and_two_jobs_of_one_run_do_not_share_it(
+    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run, other = (recipe.parent / "runs" / name for name in ("small", "other"))
+    hold(run, 2)
+    job_id = submit("small", "training.steps=4")
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    beside, intruder = submit("other", "training.steps=2"), submit("small", "training.steps=4")
+    assert cluster.wait_for_job(beside)["JobState"] == "COMPLETED"
+    assert cluster.job(beside)["NodeList"] == cluster.job(job_id)["NodeList"] == "node[1-2]"
+    refused = cluster.wait_for_job(intruder)
+    assert (refused["JobState"], refused["Restarts"]) == ("FAILED", "0")
+    line = last_line(run, intruder)
+    assert (
+        "END mistake: " in line
+        and f"this run is going on already: process {read_status(run).pid} on " in line
+    )
+    (run.parents[1] / "hold").unlink()
+    assert cluster.wait_for_job(job_id)["JobState"] == "COMPLETED"
+    assert (steps(run), steps(other)) == ([1, 2, 3, 4], [1, 2])
+    assert not (run / "lease.json").exists()
+
+
 def test_a_run_is_stopped_for_good_and_later_cancelled(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -188,8 +233,9 @@ def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhil
     (recipe.parent / "runs").mkdir()
     run = recipe.parent / "runs" / "small"
     hold(run, 2)
-    held_out = (f"path={recipe.parent / 'prompts.jsonl'}", "system_prompt=", "max_prompt_tokens=120")
-    job_id = submit("small", "training.steps=4", *(f"evaluation.data.{setting}" for setting in held_out))
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(values | {"evaluation": {"data": values["data"]}}))
+    job_id = submit("small", "training.steps=4")
     files = run / "submissions" / "1"
 
     def after(job: str, name: str, *words: str) -> str:
