@@ -82,6 +82,8 @@ def submit(
         servers_jobs=servers_job,
     )
     words = settings or []
+    if at_once and not sweep:
+        raise UserError("--at-once: how many runs of a sweep run at a time; it needs --sweep and a sweep file")
     if sweep:
         _submit_sweep(recipe, words, shape, facts, at_once, dry_run)
         return

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
 from gtpo_megatron.run.metrics import read_metrics
@@ -139,6 +140,27 @@ def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
     first = ended(run)[0][1:]
     assert first == [job_id, "3", "term"]  # the step under way was finished, and saved
     assert steps(run) == [1, 2, 3, 4]
+
+
+def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
+) -> None:
+    file = recipe.parent / "rates.yaml"
+    axes = {"lr": {"low": ["optimizer.lr=1e-3"], "high": ["optimizer.lr=1e-2"]}}
+    file.write_text(yaml.safe_dump({"name": "rate", "recipe": recipe.name, "axes": axes}))
+    command = (*TRAIN, "submit", file, "--sweep", "--site", site, "--nodes", "2", "training.steps=1")
+    shown = cluster.run(*command, environment=environment).stdout
+    runs = [recipe.parent / "runs" / name for name in ("rate-low", "rate-high")]
+    jobs = [job_ids(run)[-1] for run in runs]
+    array = jobs[0].removesuffix("_0")
+    assert jobs == [f"{array}_0", f"{array}_1"] and f"job array {array}, " in shown
+    for run, job_id in zip(runs, jobs, strict=True):
+        assert cluster.wait_for_job(job_id)["JobState"] == "COMPLETED"
+        assert steps(run) == [1]
+        log = recipe.parent / "runs" / "rates.sweep" / f"slurm-{job_id}.log"
+        assert log.read_text().splitlines()[-1].endswith("END complete at step 1")
+    shown = cluster.run(*command, environment=environment).stdout
+    assert shown == f"{file}: all runs are complete\n"
 
 
 def test_two_runs_share_nodes_and_two_jobs_of_one_run_do_not_share_it(
