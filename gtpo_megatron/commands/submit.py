@@ -83,7 +83,9 @@ def submit(
     )
     words = settings or []
     if at_once and not sweep:
-        raise UserError("--at-once: how many runs of a sweep run at a time; it needs --sweep and a sweep file")
+        raise UserError(
+            "--at-once: how many runs of a sweep run at a time; it needs --sweep and a sweep file"
+        )
     if sweep:
         _submit_sweep(recipe, words, shape, facts, at_once, dry_run)
         return
