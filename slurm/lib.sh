@@ -186,7 +186,9 @@ run_step() {
   fi
   if [ "$step_code" != 0 ] && [ -s "$attempt_dir/hung" ]; then
     step_code=hung first_end="rank.node $(one_line <"$attempt_dir/hung")gave no sign of life for $hung_after s"
-    avoid=$(sed 's/^[0-9]*\.//' "$attempt_dir/hung" | sort -u | paste -sd,)
+    if [ "$(wc -l <"$attempt_dir/hung")" -lt "$(find "$GTPO_PULSE" -name '[0-9]*' | wc -l)" ]; then
+      avoid=$(sed 's/^[0-9]*\.//' "$attempt_dir/hung" | sort -u | paste -sd,)
+    fi # where all were silent, it may be the file system
   fi
 }
 

@@ -105,6 +105,9 @@ def train(
     check_run(config, _env_world_size() or 1)
     from gtpo_megatron.train import train as run_training
 
+    # not before: loading torch's libraries from a slow file system may keep Python still for minutes
+    give_pulse(os.environ)
+
     raise typer.Exit(run_training(config))
 
 
@@ -177,7 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     try:
         join_step(os.environ)
-        give_pulse(os.environ)
         app(args=arguments)
     except UserError as error:
         if os.environ.get("GTPO_TRACEBACK") == "1":
