@@ -10,7 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "control", "errors"}
-READERS = {"run.directory", "run.metrics", "trajectories"}  # what a run leaves behind, for those who read it
+READERS = {
+    "run.alarm",
+    "run.directory",
+    "run.metrics",
+    "trajectories",
+}  # what a run leaves behind, for those who read it
 # room -> the other rooms of ours that it may import; a file of the package that stands in no room fails
 ALLOWED = {
     "algorithm": set(),
@@ -29,6 +34,7 @@ ALLOWED = {
     "rollout.sglang": BASE | {"registry", "rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
+    "run.alarm": BASE,
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
@@ -41,6 +47,7 @@ ALLOWED = {
         "rewards",
         "rollout",
         "rollout.sglang",
+        "run.alarm",
         "run.metrics",
         "run.progress",
         "run.directory",
@@ -48,6 +55,8 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "replay.float64": {"errors", "trajectories"},
+    "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
     "sweep": BASE | {"run.directory"},
     "commands": BASE
     | {
@@ -57,6 +66,7 @@ ALLOWED = {
         "machine",
         "plan",
         "policy",
+        "replay",
         "run",
         "run.directory",
         "sweep",

@@ -1,5 +1,6 @@
 """The run's configuration: frozen, typed sections, a file each; every rule that needs no model is checked here, within seconds."""
 
+from gtpo_megatron.config.alarm import AlarmConfig
 from gtpo_megatron.config.algorithm import AlgorithmConfig, GateConfig, ImportanceConfig
 from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig, FieldMap
@@ -16,6 +17,7 @@ from gtpo_megatron.config.sglang import SGLangConfig
 from gtpo_megatron.config.training import TrainingConfig
 
 __all__ = [
+    "AlarmConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",

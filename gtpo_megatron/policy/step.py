@@ -46,6 +46,9 @@ class PassResult:
     loss: float
     completions: CompletionStatistics
     sums: dict[str, float]  # over the whole batch
+    tokens: dict[str, list[np.ndarray]] | None = (
+        None  # [L] of each completion, on rank 0, where they were asked for
+    )
 
 
 def pack(

@@ -62,6 +62,7 @@ def run_layout(
     from gtpo_megatron.policy.model import build_policy, export_hf_weights, initialize_parallel, world_rank
     from gtpo_megatron.policy.objective import BatchConstants, make_objective
     from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
+    from gtpo_megatron.policy.seen import TokenWatch
     from gtpo_megatron.policy.step import deal, forward_backward, score
 
     model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
@@ -78,7 +79,9 @@ def run_layout(
     constants = BatchConstants.of(table, algorithm, platform.device())
     group = parallel_state.get_context_parallel_group()
     objective = make_objective(algorithm, constants, float(entropy.mean()), group)
-    result = forward_backward(policy, micro_batches, objective, len(batch))
+    watch = TokenWatch("entropies")
+    result = forward_backward(policy, micro_batches, watch.on(objective), len(batch))
+    tokens = watch.gather(table)
     gradients = None if distributed_optimizer else _gradients(policy)
     grad_norm, weights = None, None
     if not float64:
@@ -92,6 +95,7 @@ def run_layout(
         "entropy": entropy,
         "completions": result.completions,
         "grad_norm": grad_norm,
+        "tokens": tokens,
         "micro_batches": len(micro_batches),
         "gradients": gradients if first else None,
         "weights": weights if first else None,

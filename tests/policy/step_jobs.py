@@ -12,6 +12,7 @@ import torch
 
 from gtpo_megatron.config import (
     AlgorithmConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -52,6 +53,7 @@ def start(
             rollout=RolloutConfig(temperature=temperature),
             parallel=ParallelConfig(),
             training=training,
+            logging=LoggingConfig(),
         ),
         stage=lambda name: nullcontext(),
         initial_entropy=None,

@@ -44,6 +44,7 @@ def test_metrics_of_a_step() -> None:
             "response/length_mean": 10.0,
             "response/length_max": 20.0,
             "response/truncated": 0.25,
+            "response/repetition": 0.0,
             "response/continued": 0.0,
             "conflict/prefix_mean": 1.5,
             "conflict/suffix_mean": 1.5,
