@@ -148,9 +148,10 @@ def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
     file = recipe.parent / "rates.yaml"
     axes = {"lr": {"low": ["optimizer.lr=1e-3"], "high": ["optimizer.lr=1e-2"]}}
     file.write_text(yaml.safe_dump({"name": "rate", "recipe": recipe.name, "axes": axes}))
-    command = (*TRAIN, "submit", file, "--sweep", "--site", site, "--nodes", "2", "training.steps=1")
+    command = (*TRAIN, "submit", file, "--sweep", "--site", site, "--nodes", "2")
+    command += ("training.steps=1", "optimizer.warmup_steps=0")
     shown = cluster.run(*command, environment=environment).stdout
-    runs = [recipe.parent / "runs" / name for name in ("rate-low", "rate-high")]
+    runs = [recipe.parent / "runs" / name for name in ("rate-high", "rate-low")]
     jobs = [job_ids(run)[-1] for run in runs]
     array = jobs[0].removesuffix("_0")
     assert jobs == [f"{array}_0", f"{array}_1"] and f"job array {array}, " in shown
@@ -161,30 +162,6 @@ def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
         assert log.read_text().splitlines()[-1].endswith("END complete at step 1")
     shown = cluster.run(*command, environment=environment).stdout
     assert shown == f"{file}: all runs are complete\n"
-
-
-def test_two_runs_share_nodes_and_two_jobs_of_one_run_do_not_share_it(
-    cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
-) -> None:
-    (recipe.parent / "runs").mkdir()
-    run, other = (recipe.parent / "runs" / name for name in ("small", "other"))
-    hold(run, 2)
-    job_id = submit("small", "training.steps=4")
-    wait_until(lambda: len(steps(run)) == 2, "two steps")
-    beside, intruder = submit("other", "training.steps=2"), submit("small", "training.steps=4")
-    assert cluster.wait_for_job(beside)["JobState"] == "COMPLETED"
-    assert cluster.job(beside)["NodeList"] == cluster.job(job_id)["NodeList"] == "node[1-2]"
-    refused = cluster.wait_for_job(intruder)
-    assert (refused["JobState"], refused["Restarts"]) == ("FAILED", "0")
-    line = last_line(run, intruder)
-    assert (
-        "END mistake: " in line
-        and f"this run is going on already: process {read_status(run).pid} on " in line
-    )
-    (run.parents[1] / "hold").unlink()
-    assert cluster.wait_for_job(job_id)["JobState"] == "COMPLETED"
-    assert (steps(run), steps(other)) == ([1, 2, 3, 4], [1, 2])
-    assert not (run / "lease.json").exists()
 
 
 def test_a_run_is_stopped_for_good_and_later_cancelled(
