@@ -119,7 +119,7 @@ def save(run: Run, batches: Batches) -> None:
 def dealt(run: Run, trajectories: Sequence[Trajectory]) -> tuple[BatchTable, list[MicroBatch]]:
     """The table of a batch that rank 0 has, and this rank's micro-batches of it. Collective."""
     with run.stage("training"):
-        return deal(trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
+        return deal(run.policy, trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
 
 
 def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tuple[PassResult, Update]:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "control", "errors"}
+BASE = {"config", "control", "errors", "network", "processes"}
 READERS = {
     "run.alarm",
     "run.directory",
@@ -24,6 +24,8 @@ ALLOWED = {
     "config": {"errors"},
     "control": {"errors"},
     "registry": set(),
+    "network": {"errors"},
+    "processes": set(),
     "machine": BASE,
     "cluster": BASE | {"registry", "run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
@@ -78,6 +80,7 @@ ALLOWED = {
 # What these look at is the machine, or the tensor in their hands; nothing in them decides how the policy is computed.
 MAY_SAY_CUDA = {
     "policy/platform.py": "the one place that knows",
+    "policy/without_cuda.py": "what it leads to the CPU",
     "machine/doctor.py": "reports what the machine has",
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
@@ -159,6 +162,15 @@ def test_only_rollout_sglang_speaks_http() -> None:
 def test_train_is_the_algorithm_alone() -> None:
     libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
     assert libraries.isdisjoint({"megatron", "torch", "transformers", "aiohttp"})
+
+
+def test_one_module_kills_process_groups_and_watches_owners() -> None:
+    found = {
+        source.relative_to(PACKAGE).as_posix()
+        for source in SOURCES
+        if any(word in source.read_text(encoding="utf-8") for word in ("killpg", "getppid(", "PDEATHSIG"))
+    }
+    assert found == {"processes.py"}
 
 
 def test_the_cluster_is_seen_without_torch() -> None:

@@ -260,7 +260,8 @@ def test_the_directory_of_another_run_is_refused(
     (message,) = ranks.run(1, run_training, other)
     assert str(gtpo.path) in message
     assert "another configuration" in message and "name=" in message
-    assert "algorithm:" in message and "optimizer.lr: 0.01 there, 1.0 here" in message
+    assert "algorithm.gamma: 0.1 there, 0.5 here" in message
+    assert "optimizer.lr: 0.01 there, 1.0 here" in message
     assert (gtpo.path / "config.yaml").read_text() == before
 
 

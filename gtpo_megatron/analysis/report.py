@@ -55,7 +55,7 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
     """Write `summary.md` and `report.png` into the run's directory, print the main table, and return the summary's path.
 
     Raises:
-        UserError: the directory is no run's, holds no step yet, or one of its files is damaged.
+        UserError: the directory is no run's, holds no step yet, cannot be written to, or one of its files is damaged.
     """
     run_dir = Path(run_dir)
     config = read_run_config(run_dir / "config.yaml")
@@ -67,9 +67,16 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
     window = max(1, min(5, len(_training_rows(rows)) // 4))
     changes = _changes(rows, window)
 
-    plot_run(rows, run_dir / "report.png", title=config["name"])
     summary = run_dir / "summary.md"
-    summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+    try:
+        plot_run(
+            rows, run_dir / "report.png", title=config["name"]
+        )  # first: the summary lists the files that there are
+        summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: the report cannot be written there: {error.strerror or error}; copy the run, or make room"
+        ) from error
     _print(console or Console(), run_dir, rows, changes, window)
     return summary
 

@@ -6,7 +6,7 @@ from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig, FieldMap
 from gtpo_megatron.config.evaluation import EndpointConfig, EvaluationConfig, SuiteConfig
 from gtpo_megatron.config.logging import LoggingConfig
-from gtpo_megatron.config.model import LoraConfig, ModelConfig
+from gtpo_megatron.config.model import Fp8Config, LoraConfig, ModelConfig
 from gtpo_megatron.config.optimizer import OptimizerConfig
 from gtpo_megatron.config.parallel import ParallelConfig
 from gtpo_megatron.config.rewards import RewardConfig, RewardTerm
@@ -25,6 +25,7 @@ __all__ = [
     "EndpointConfig",
     "EvaluationConfig",
     "FieldMap",
+    "Fp8Config",
     "GateConfig",
     "ImportanceConfig",
     "LoggingConfig",

@@ -264,7 +264,7 @@ class Run:
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
-        bound = bound or default_bound(config.model.dtype, config.model.fp8 != "none")
+        bound = bound or default_bound(config.model.dtype, config.model.fp8.enabled)
 
         def compare() -> dict[str, float]:
             if self.engine is None:
@@ -378,6 +378,6 @@ def _raise(error: UserError | None) -> None:
 
 def longest_sequence(config: RunConfig) -> int:
     """Tokens of a prompt and its completion that the model's positions and a micro-batch, padding included, can hold."""
-    alignment = sequence_alignment(config.parallel)
+    alignment = sequence_alignment(config.parallel, fp8=config.model.fp8.enabled)
     within_batch = config.training.micro_batch_tokens // alignment * alignment
     return min(within_batch, read_shape(config.model.path).max_positions)

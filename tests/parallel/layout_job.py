@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,7 @@ def run_layout(
     algorithm: AlgorithmConfig,
     distributed_optimizer: bool = False,
     float64: bool = False,
+    layers: Literal["auto", "transformer_engine"] = "auto",
 ) -> dict[str, Any]:
     """Loss, gradients and updated weights by Hugging Face name (rank 0 alone returns the tensors).
 
@@ -68,13 +69,15 @@ def run_layout(
     model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
     initialize_parallel(parallel, seed=0)
     policy = build_policy(
-        ModelConfig(path=str(checkpoint), dtype="fp32"),
+        ModelConfig(path=str(checkpoint), dtype="fp32", layers=layers),
         parallel,
         training,
         distributed_optimizer=distributed_optimizer,
     )
     batch = sample_batch()
-    table, micro_batches = deal(batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens)
+    table, micro_batches = deal(
+        policy, batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens
+    )
     entropy = score(policy, micro_batches, len(batch)).completions["entropy"]
     constants = BatchConstants.of(table, algorithm, platform.device())
     group = parallel_state.get_context_parallel_group()
