@@ -23,10 +23,11 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "control": {"errors"},
+    "registry": set(),
     "network": {"errors"},
     "processes": set(),
     "machine": BASE,
-    "cluster": BASE | {"run.directory"},
+    "cluster": BASE | {"registry", "run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
@@ -34,7 +35,7 @@ ALLOWED = {
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
     "rollout.sglang.client": BASE | {"rollout", "trajectories"},
     "rollout.sglang.weights": BASE | {"rollout", "rollout.sglang.client"},
-    "rollout.sglang.servers": BASE | {"rollout.sglang.client", "rollout.sglang.weights"},
+    "rollout.sglang.servers": BASE | {"registry", "rollout.sglang.client", "rollout.sglang.weights"},
     "rollout.sglang.audit": BASE
     | {"rollout.sglang.client", "rollout.sglang.servers", "rollout.sglang.weights"},
     "rollout.sglang": BASE
@@ -67,6 +68,7 @@ ALLOWED = {
         "run.directory",
         "trajectories",
     },
+    "run.serve": BASE | {"registry", "rollout.sglang.client", "rollout.sglang.servers", "run.directory"},
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "replay.float64": {"errors", "trajectories"},
@@ -83,6 +85,7 @@ ALLOWED = {
         "replay",
         "run",
         "run.directory",
+        "run.serve",
         "sweep",
         "train",
     },
@@ -168,7 +171,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py", "evaluation/engines.py"}
+    assert others == {"run/run.py", "run/serve.py", "evaluation/engines.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:

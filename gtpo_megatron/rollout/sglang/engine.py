@@ -76,7 +76,7 @@ class SGLangEngine:
         self._jobs: set[Job] = set()
         self._started = self._closed = self._ended = False  # ended: samples no more
         launch = None
-        if not (config.urls or config.urls_file) or config.router:
+        if not config.given or config.router:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             launch = make_launch(config, model_path, dtype, device, self._directory)
         self._loop = asyncio.new_event_loop()

@@ -44,30 +44,38 @@ class Pool:
 
     async def start(self) -> None:
         """Start or find the servers, and everything that watches over them. Does not wait for them."""
-        if self.config.urls or self.config.urls_file:
+        if self.config.given:
             for url in read_urls(self.config):
                 self._add(url, owned=False)
         else:
             for _ in range(self.config.servers):
                 self._add("", owned=True)
         self._spawn(self, self.fleet.watch_waiters())
-        if self.config.urls_file:
-            self._spawn("urls_file", self._follow_urls())
+        if self.config.urls_file or self.config.urls_dir:
+            self._spawn("urls", self._follow_urls())
         if self.router is not None:
             self._spawn("router", self.router.keep(self.fleet.ready_urls))
 
     async def wait_started(self) -> None:
-        """Wait until every server answers.
+        """Wait until every server answers; of those that register themselves, until one does.
 
         Raises:
             UserError: a server ended twice, or did not answer within start_timeout_s; with the end of its log.
         """
-        deadline = asyncio.get_running_loop().time() + self.config.start_timeout_s
-        while waiting := [w for w in self.fleet.workers if not w.ever_up]:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.config.start_timeout_s
+        while (waiting := [w for w in self.fleet.workers if not w.ever_up]) or not self.fleet.workers:
             if self.fleet.failure is not None:
                 raise self.fleet.failure
+            if self.config.urls_dir and len(waiting) < len(self.fleet.workers):
+                return
+            if not waiting and clock() > deadline:
+                raise UserError(
+                    f"no SGLang server has registered itself in {self.config.urls_dir} for "
+                    f"{self.config.start_timeout_s:g} s (rollout.sglang.start_timeout_s)"
+                )
             failed = [w for w in waiting if w.owned and w.faults >= START_ATTEMPTS]
-            if failed or asyncio.get_running_loop().time() > deadline:
+            if failed or (waiting and clock() > deadline):
                 worker = (failed or waiting)[0]
                 tail = f"\n{worker.process.log}:\n{worker.process.tail()}" if worker.process else ""
                 raise UserError(
@@ -109,7 +117,7 @@ class Pool:
         async for urls in follow_urls(self.config):
             for worker in [w for w in fleet.workers if w.url not in urls]:
                 self._tasks.pop(worker).cancel()
-                fleet.lose(worker, f"is no longer in {self.config.urls_file}")
+                fleet.lose(worker, "is no longer among the servers that are given")
                 fleet.workers.remove(worker)
             for url in urls:
                 if url not in {w.url for w in fleet.workers}:

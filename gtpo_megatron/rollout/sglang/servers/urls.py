@@ -1,4 +1,4 @@
-"""The URLs of servers that run already: from the configuration, and from a file that is followed."""
+"""The URLs of servers that others start: from the configuration, and from a file or a folder that is followed."""
 
 import asyncio
 import logging
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.registry import registered
 
 log = logging.getLogger(__name__)
 FOLLOW_S = 1.0
@@ -17,8 +18,11 @@ def read_urls(config: SGLangConfig) -> list[str]:
     """The given servers' URLs, without trailing slashes or repetition.
 
     Raises:
-        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none.
+        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none. A urls_dir may be empty:
+            its servers come and go.
     """
+    if config.urls_dir:
+        return [server.url.rstrip("/") for server in registered(Path(config.urls_dir))]
     entries = [(f"rollout.sglang.urls[{i}]", url) for i, url in enumerate(config.urls)]
     if config.urls_file:
         try:
@@ -41,19 +45,16 @@ def read_urls(config: SGLangConfig) -> list[str]:
 
 
 async def follow_urls(config: SGLangConfig) -> AsyncIterator[list[str]]:
-    """The URLs anew whenever urls_file has changed. A file that cannot be read, or not as URLs, changes nothing."""
-    assert config.urls_file is not None
-    path = Path(config.urls_file)
-    known = path.read_text()
+    """The URLs of urls_file or urls_dir, again and again. What cannot be read, or not as URLs, changes nothing."""
+    problem = ""
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
-            text = path.read_text()
-            if text == known:
-                continue
-            known = text
-            urls = read_urls(config)
-        except (OSError, UserError) as error:
-            log.warning("%s: the servers stay as they are: %s", path, error)
+            urls = await asyncio.to_thread(read_urls, config)
+        except UserError as error:
+            if str(error) != problem:
+                problem = str(error)
+                log.warning("the servers stay as they are: %s", problem)
             continue
+        problem = ""
         yield urls
