@@ -46,7 +46,7 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
-    "sweep": BASE | {"run.directory"},
+    "sweep": BASE | {"run.directory", "run.metrics"},
     "commands": BASE
     | {
         "analysis",

@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 SWEEPS = ROOT / "recipes" / "sweeps"
 RESULTS = ROOT / "docs" / "results" / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
-TUNING, TUNED = "evidence-tuning", "evidence-sums"
-NAMES = (TUNING, TUNED, "evidence-harsh", "evidence-format")
+START, TUNING, TUNED = "evidence-start", "evidence-tuning", "evidence-sums"
+NAMES = (TUNING, TUNED, "evidence-harsh", "evidence-format")  # those whose results are collected
 # arm -> the arm that it is compared with, seed by seed: predeclared in docs/evidence.md
 AGAINST = {
     "gtpo": "grpo",
@@ -273,8 +273,8 @@ def read_results(results: Path) -> dict[str, Sweep]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def render(results: Path, page: Path) -> None:
-    """Write the figures beside the results, and the tables into the page.
+def render(results: Path, output: Path) -> None:
+    """Write the figures beside the results, and the page with its tables to `output`.
 
     Raises:
         UserError: nothing has been collected.
@@ -285,7 +285,7 @@ def render(results: Path, page: Path) -> None:
     for name, sweep in sweeps.items():
         if name != TUNING:
             plot(name, sweep, results / f"{name}.png")
-    _write(page, updated(page.read_text(encoding="utf-8"), sweeps))
+    _write(output, updated(PAGE.read_text(encoding="utf-8"), sweeps))
 
 
 def _write(path: Path, text: str) -> None:
@@ -301,24 +301,24 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "collect", "render"))
-    parser.add_argument("--sweep", action="append", choices=NAMES, help="default: all")
+    parser.add_argument("--sweep", action="append", choices=(START, *NAMES), help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page that render writes")
     parser.add_argument(
         "--cost", type=Path, default=Path("runs/evidence-cost.json"), help="processor seconds"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
     arguments = parser.parse_args()
-    names = arguments.sweep or NAMES
+    names = arguments.sweep or ((START, *NAMES) if arguments.what == "run" else NAMES)
     try:
         if arguments.what == "run":
             return run(names, arguments.jobs, arguments.only, arguments.overrides, arguments.cost)
         if arguments.what == "collect":
             collect_all(names, arguments.overrides, arguments.results)
         else:
-            render(arguments.results, arguments.page)
+            render(arguments.results, arguments.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
