@@ -53,14 +53,14 @@ TABLE = r"(?<=<!-- {} -->\n).*?(?=<!-- end of table -->)"
 Sweep = dict[str, Any]  # what a JSON file has
 
 
-def run(names: Sequence[str], jobs: int, only: str, overrides: Sequence[str], cost: Path) -> int:
+def run(names: Sequence[str], jobs: int, only: Sequence[str], overrides: Sequence[str], cost: Path) -> int:
     """Train the sweeps one after another; the highest exit code. Resumable. `cost` gathers processor seconds by sweep."""
     worst = 0
     for name in names:
         before = _processor_seconds()
         command = ["-m", "gtpo_megatron", "sweep", str(SWEEPS / f"{name}.yaml"), "--jobs", str(jobs)]
         code = subprocess.run(
-            [sys.executable, *command, *(["--only", only] if only else []), *overrides],
+            [sys.executable, *command, *(f"--only={part}" for part in only), *overrides],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         ).returncode
         spent = json.loads(cost.read_text()) if cost.exists() else {}
@@ -303,7 +303,7 @@ def main() -> int:
     parser.add_argument("what", choices=("run", "collect", "render"))
     parser.add_argument("--sweep", action="append", choices=(START, *NAMES), help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--only", default="", help="only runs whose name contains this")
+    parser.add_argument("--only", action="append", default=[], help="only runs whose name contains this")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=PAGE, help="the page that render writes")
     parser.add_argument(
