@@ -16,6 +16,7 @@ from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
+from gtpo_megatron.policy.exchange.adapter import export_adapter
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.step import (
@@ -129,10 +130,7 @@ def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tu
             entropy = score(run.policy, micro_batches, count, temperature=temperature).completions["entropy"]
             run.initial_entropy = float(entropy.mean(dtype=np.float64))
         micro_batches = with_old_logprobs(run, micro_batches, temperature)
-        if run.reference is not None:
-            micro_batches = with_logprobs(
-                run.reference, micro_batches, "reference_logprobs", temperature=temperature
-            )
+        micro_batches = with_reference_logprobs(run, micro_batches, temperature)
         objective = batch_objective(algorithm, table, run.initial_entropy or 0.0)
         for _ in range(algorithm.updates_per_batch):
             passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
@@ -153,6 +151,18 @@ def with_old_logprobs(run: Run, micro_batches: list[MicroBatch], temperature: fl
     if algorithm.updates_per_batch > 1:
         return with_logprobs(run.policy, micro_batches, "old_logprobs", temperature=temperature)
     return micro_batches
+
+
+def with_reference_logprobs(
+    run: Run, micro_batches: list[MicroBatch], temperature: float
+) -> list[MicroBatch]:
+    """Give the micro-batches what the KL term needs: logprobs of the reference policy, or of the base under adapters."""
+    if not run.config.algorithm.kl_beta:
+        return micro_batches
+    if run.reference is not None:
+        return with_logprobs(run.reference, micro_batches, "reference_logprobs", temperature=temperature)
+    with run.policy.without_adapters():
+        return with_logprobs(run.policy, micro_batches, "reference_logprobs", temperature=temperature)
 
 
 def record(
@@ -275,6 +285,8 @@ def finish(run: Run) -> None:
                 config.model.dtype,
                 tokenizer=config.model.tokenizer,
             )
+            if config.model.lora is not None:
+                export_adapter(run.policy, config.model, run.path / "adapter")
 
 
 def _due(step: int, every: int) -> bool:

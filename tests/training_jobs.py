@@ -46,6 +46,14 @@ def run_training(config: RunConfig) -> int | str:
         return str(error)
 
 
+def run_counting_policies(config: RunConfig) -> tuple[int | str, int]:
+    """The exit code, and how many policies the run has built."""
+    from gtpo_megatron.run import run as module
+
+    with patch.object(module, "build_policy", wraps=module.build_policy) as built:
+        return run_training(config), built.call_count
+
+
 def run_noting_the_store(config: RunConfig) -> tuple[int | str, list[bool]]:
     """The exit code, and for each step whether its batch was stored when training on it began."""
     from gtpo_megatron import train as module

@@ -5,7 +5,7 @@ from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig, FieldMap
 from gtpo_megatron.config.evaluation import EndpointConfig, EvaluationConfig, SuiteConfig
 from gtpo_megatron.config.logging import LoggingConfig
-from gtpo_megatron.config.model import ModelConfig
+from gtpo_megatron.config.model import LoraConfig, ModelConfig
 from gtpo_megatron.config.optimizer import OptimizerConfig
 from gtpo_megatron.config.parallel import ParallelConfig
 from gtpo_megatron.config.rewards import RewardConfig, RewardTerm
@@ -26,6 +26,7 @@ __all__ = [
     "GateConfig",
     "ImportanceConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -19,4 +19,6 @@ class CheckpointConfig(Section):
     on_corrupt: Literal["error", "previous"] = Field(
         "previous", description="a damaged newest checkpoint: stop, or warn and use the one before"
     )
-    export_hf: bool = Field(True, description="write a Hugging Face directory at the end")
+    export_hf: bool = Field(
+        True, description="write a Hugging Face directory at the end, and of LoRA the adapters too"
+    )

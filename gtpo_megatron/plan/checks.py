@@ -19,6 +19,7 @@ from gtpo_megatron.plan.layout import (
     hf_shape,
     sequence_alignment,
 )
+from gtpo_megatron.plan.lora import lora_problems
 from gtpo_megatron.rewards.terms import check_options, import_function, term_function
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -50,6 +51,7 @@ def check_run(
         problems += length_problems(config, shape)
         problems += precision_problems(config, shape, machine)
         problems += batch_problems(config, world_size)
+        problems += lora_problems(config, shape)
         if "weights" not in without:
             problems += checkpoint_problems(Path(config.model.path))
         if "tokenizer" not in without:

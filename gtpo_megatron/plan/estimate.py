@@ -262,6 +262,7 @@ def packed_work(
         recompute=config.training.recompute,
         torch_attention=local,
         eager=local,
+        frozen=config.model.lora is not None,
     )
 
 

@@ -17,6 +17,7 @@ from gtpo_megatron.plan.layout import (
     expert_tensor_size,
     rank_parameters,
 )
+from gtpo_megatron.plan.lora import adapter_parameters
 from gtpo_megatron.plan.time import Layout, Recompute, Work
 
 GIB = 2**30
@@ -111,14 +112,19 @@ def _stage_memory(
     tokens = config.training.micro_batch_tokens / parallel.context
     last = stage == parallel.pipeline - 1
     hidden = tokens * shape.hidden
-    algorithm, sglang = config.algorithm, config.rollout.sglang
-    reference = count.total * item if algorithm.kl_beta else 0
+    lora, sglang = config.model.lora, config.rollout.sglang
+    trained, optimizer = count.total, adam * (count.dense / shards[0] + count.expert / shards[1])
+    copies = 2 if config.algorithm.kl_beta else 1  # the reference policy
+    weights = count.total * copies * item
+    if lora is not None:  # the base is the reference policy; activations are counted as without adapters
+        trained = adapter_parameters(shape, lora, parallel, stage)
+        weights, optimizer = (count.total + trained) * item, adam * trained / shards[0]
     sends = config.rollout.engine == "sglang"
     return RankMemory(
         stage,
-        weights=count.total * item + reference,
-        gradients=count.total * 4,
-        optimizer=adam * (count.dense / shards[0] + count.expert / shards[1]),
+        weights=weights,
+        gradients=trained * 4,
+        optimizer=optimizer,
         activations=_activations(config, shape, stage, tokens, micro_batches) * item,
         head=(HEAD_WORKSPACE + hidden * (4 + item)) if last else 0,
         buckets=2 * sglang.bucket_mb * 2**20 if sends else 0,  # one that fills, one on its way

@@ -13,13 +13,14 @@ from gtpo_megatron.plan.layout import (
     rank_state_bytes,
     stage_layers,
 )
+from gtpo_megatron.plan.lora import adapter_parameters
 
 RANKS_SHOWN = 32
 
 
 def print_layout(config: RunConfig, shape: HFShape, world_size: int, console: Console) -> None:
     """Print the stages (layers, parameters and memory per rank) and each rank's coordinates."""
-    parallel = config.parallel
+    parallel, lora = config.parallel, config.model.lora
     data = data_parallel_size(parallel, world_size)
     console.print(
         f"{shape.architecture}: {model_parameters(shape):,} parameters on {world_size} rank{'s' * (world_size > 1)}: "
@@ -34,16 +35,19 @@ def print_layout(config: RunConfig, shape: HFShape, world_size: int, console: Co
     per_stage = world_size // parallel.pipeline
     for stage in range(parallel.pipeline):
         count = rank_parameters(shape, parallel, stage)
+        adapters = adapter_parameters(shape, lora, parallel, stage) if lora else 0
         state = rank_state_bytes(
             count,
             parallel,
             world_size,
             bf16=config.model.dtype == "bf16",
             distributed_optimizer=config.optimizer.distributed,
+            adapters=adapters,
         )
         ranks = _spans(list(range(stage * per_stage, (stage + 1) * per_stage)))
         layers = _spans(list(stage_layers(shape.layers, parallel, stage)))
-        stages.add_row(str(stage), ranks, layers, f"{count.total:,}", f"{state / 2**30:.3f}")
+        shown = f"{count.total:,}" + (f" + {adapters:,} of adapters" if lora else "")
+        stages.add_row(str(stage), ranks, layers, shown, f"{state / 2**30:.3f}")
     console.print(stages)
 
     places = Table("rank", "tensor", "context", "data", "pipeline", *(["expert"] if shape.experts else []))

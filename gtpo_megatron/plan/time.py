@@ -55,7 +55,7 @@ class Work:
     eager: bool = False  # no fused kernels
     torch_attention: bool = False  # torch's attention instead of Transformer Engine's
     forward_only: bool = False
-    frozen: bool = False  # weights are not trained (LoRA): no gradients of weights
+    frozen: bool = False  # weights are not trained (LoRA): no gradients of theirs, and no Adam; adapters count as nothing
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,12 @@ def step_time(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Effic
     bubble = steady.total * (layout.pipeline - 1) / (layout.virtual * m)
     if work.forward_only:
         return replace(steady, bubble=bubble)
+    trained = 0.0 if work.frozen else _rank_parameters(model, layout)
     return replace(
         steady,
         bubble=bubble,
         data=_data(model, gpu, layout, work, reached, stage.total),
-        optimizer=30 * _rank_parameters(model, layout) / layout.data / (gpu.bandwidth * reached.memory),
+        optimizer=30 * trained / layout.data / (gpu.bandwidth * reached.memory),
     )
 
 

@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.policy import platform
+from gtpo_megatron.policy import adapters, platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
 
 with platform.importing_bridge():
@@ -91,12 +91,22 @@ class Policy:
     chunks: list[nn.Module]  # GPTModel in Float16Module (bf16) in DistributedDataParallel (trained policies)
     vocab_size: int  # real vocabulary; the model's may be padded to a multiple of tensor parallelism
     bf16: bool = field(default=False)
+    peft: Any = None  # what attached LoRA adapters, if they are what is trained
 
     @property
     def last_stage(self) -> nn.Module | None:
         """The GPTModel chunk that ends in the output layer, if this rank holds it."""
         model = unwrap(self.chunks[-1])
         return model if model.post_process else None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The chunks without their gradient buffers."""
+        return [c.module if isinstance(c, DistributedDataParallel) else c for c in self.chunks]
+
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """The base alone computes inside the context: what LoRA's adapters started from."""
+        return self.peft.disable_adapter(self.modules)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -132,7 +142,8 @@ def build_policy(
 ) -> Policy:
     """Build the policy in this rank's part of the layout, and load the Hugging Face weights.
 
-    `trained=False` gives a frozen policy without gradient buffers (a reference policy, a conversion).
+    `trained=False` gives a frozen policy without gradient buffers (a reference policy, a conversion), and without
+    adapters. With `model.lora` the adapters alone are trained, and have gradient buffers.
     Raises UserError for an architecture that Megatron-Bridge does not know.
     """
     try:
@@ -158,12 +169,14 @@ def build_policy(
     for module in modules:
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)
-    chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
+    bf16 = model.dtype == "bf16"
     if not trained:
-        chunks = modules
         for module in modules:
             module.requires_grad_(False).eval()
-    return Policy(bridge, provider, chunks, vocab_size, bf16=model.dtype == "bf16")
+        return Policy(bridge, provider, modules, vocab_size, bf16)
+    peft = adapters.attach(bridge, modules, model.lora, training.seed) if model.lora else None
+    chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
+    return Policy(bridge, provider, chunks, vocab_size, bf16, peft)
 
 
 def _configure(
@@ -284,9 +297,11 @@ def _data_parallel(
 
 
 def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Stream (Hugging Face name, whole tensor on the CPU). Collective: every rank must drain it; all get all tensors."""
-    modules = [c.module if isinstance(c, DistributedDataParallel) else c for c in policy.chunks]
-    for name, tensor in policy.bridge.export_hf_weights(modules, cpu=True, show_progress=False):
+    """Stream (Hugging Face name, whole tensor on the CPU), adapters merged into the weights.
+
+    Collective: every rank must drain it; all get all tensors.
+    """
+    for name, tensor in policy.bridge.export_hf_weights(policy.modules, cpu=True, show_progress=False):
         whole = tensor[: policy.vocab_size] if name.endswith(_VOCABULARY_WEIGHTS) else tensor
         yield name, whole.detach()
 

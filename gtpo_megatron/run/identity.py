@@ -80,10 +80,21 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section, value in after.items():
         if section not in RESUMABLE and value != before[section]:
-            yield f"{section}: {_short(before[section])} there, {_short(value)} here"
+            yield from _of_section(section, before[section], value)
         for key in FIXED.get(section, ()):
             if value[key] != before[section][key]:
                 yield f"{section}.{key}: {_short(before[section][key])} there, {_short(value[key])} here"
+
+
+def _of_section(section: str, before: Any, after: Any) -> Iterator[str]:
+    """The keys that differ; a value that is no section is named whole."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        yield f"{section}: {_short(before)} there, {_short(after)} here"
+        return
+    for key in before | after:  # free mappings have keys of their own
+        there, here = before.get(key), after.get(key)
+        if there != here:
+            yield from _of_section(f"{section}.{key}", there, here)
 
 
 def _short(value: Any) -> str:

@@ -89,7 +89,7 @@ class Run:
             config.model, config.parallel, config.training, distributed_optimizer=config.optimizer.distributed
         )
         self.reference: Policy | None = None
-        if config.algorithm.kl_beta:
+        if config.algorithm.kl_beta and config.model.lora is None:  # under adapters it is their base
             self.reference = build_policy(config.model, config.parallel, config.training, trained=False)
         updates = config.training.steps * config.algorithm.updates_per_batch
         self.optimizer: Optimizer = build_optimizer(config.optimizer, self.policy, updates)

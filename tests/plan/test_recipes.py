@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from gtpo_megatron.commands.cli import main
+from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import YAML_SUFFIXES, load_config
 from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes, smallest_world
+from gtpo_megatron.plan.lora import adapter_parameters
 from tests.test_docs import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +19,7 @@ CONFIGS = ROOT / "tests" / "fixtures" / "configs"
 RECIPES = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if "model:" in path.read_text(encoding="utf-8").splitlines()
+    if re.search(r"^name:.*^model:$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 )
 SUITES = set((ROOT / "recipes" / "eval").glob("*.yaml"))  # no part of a recipe: see tests/evaluation
 OVERLAYS = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(RECIPES) - SUITES)
@@ -82,24 +84,41 @@ def test_a_combination_that_a_page_names_passes_too(
     assert dry_run([ROOT / file for file in files], overrides, tmp_path, capsys)[::2] == (0, ""), page
 
 
+def state_gib(config: RunConfig, ranks: int) -> float:
+    """GiB of weights, gradients and Adam on the stage that holds most, as a page gives it."""
+    shape = read_shape(str(CONFIGS / Path(config.model.path).name))
+    parallel, lora = config.parallel, config.model.lora
+    most = max(
+        rank_state_bytes(
+            rank_parameters(shape, parallel, stage),
+            parallel,
+            ranks,
+            bf16=config.model.dtype == "bf16",
+            distributed_optimizer=config.optimizer.distributed,
+            adapters=adapter_parameters(shape, lora, parallel, stage) if lora else 0,
+        )
+        for stage in range(parallel.pipeline)
+    )
+    return round(most / 2**30, 1)
+
+
 @pytest.mark.parametrize("recipe", REAL, ids=lambda path: path.stem)
 def test_the_memory_in_a_header_is_the_planners(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     ranks = int(re.search(r"^# Trainer: (\d+) ranks", text, re.MULTILINE)[1])
     said = float(re.search(r"^# Weights, gradients and Adam: ([\d.]+) GiB a rank", text, re.MULTILINE)[1])
-    config = load_config(recipe)
-    shape = read_shape(str(CONFIGS / Path(config.model.path).name))
-    most = max(
-        rank_state_bytes(
-            rank_parameters(shape, config.parallel, stage),
-            config.parallel,
-            ranks,
-            bf16=config.model.dtype == "bf16",
-            distributed_optimizer=config.optimizer.distributed,
-        )
-        for stage in range(config.parallel.pipeline)
-    )
-    assert said == round(most / 2**30, 1)
+    assert said == state_gib(load_config(recipe), ranks)
+
+
+def test_the_memory_of_adapters_on_the_page_is_the_planners() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+), rank (\d+), (\d+) GPUs? \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for name, rank, gpus, full, lora in rows:
+        files = [ROOT / "recipes" / "paper" / f"{name}-bf16.yaml", ROOT / "recipes" / "paper" / "lora.yaml"]
+        layout = ["parallel.tensor=1", "parallel.sequence=false"] if gpus == "1" else []
+        assert float(full) == state_gib(load_config(files[:1], layout), int(gpus))
+        assert float(lora) == state_gib(load_config(files, [*layout, f"model.lora.rank={rank}"]), int(gpus))
 
 
 def test_every_overlay_and_recipe_is_named_by_the_pages() -> None:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gtpo_megatron import control
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy import platform
+from gtpo_megatron.policy.adapters import is_adapter
 from gtpo_megatron.policy.checkpoint.safety import read_metadata, safe_loading
 from gtpo_megatron.policy.model import Policy, unwrap
 from gtpo_megatron.policy.optimizer import Optimizer
@@ -40,9 +41,16 @@ _MAIN_PARAMETERS = f"{_OPTIMIZER}fp32_param."
 
 
 def policy_tensors(policy: Policy) -> dict[str, Any]:
-    """Sharded tensors of the model chunks on this rank, data included (the parameters themselves)."""
+    """Sharded tensors of the model chunks on this rank, data included (the parameters themselves).
+
+    Of a policy with adapters, theirs alone: the base is what it was.
+    """
     state = {
-        f"model{i}": unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        f"model{i}": {
+            name: value
+            for name, value in unwrap(chunk).sharded_state_dict(metadata=_metadata()).items()
+            if policy.peft is None or is_adapter(name)
+        }
         for i, chunk in enumerate(policy.chunks)
     }
     return extract_sharded_tensors_and_factories(state)[0]
@@ -248,6 +256,8 @@ def _assign_policy(policy: Policy, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(policy.chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [name for name in missing if "_extra_state" not in name]  # Transformer Engine's FP8 history
+        if policy.peft is not None:
+            missing = [name for name in missing if is_adapter(name)]  # the base is not in the checkpoint
         if missing or unexpected:
             raise UserError(f"checkpoint: parameters not loaded: {missing}; without a place: {unexpected}")
 

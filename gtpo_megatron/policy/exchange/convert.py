@@ -44,6 +44,7 @@ from gtpo_megatron.policy.exchange.proof import (
     is_megatron,
     open_policy,
     prove,
+    refuse_adapters,
     save_proof,
     stored_dtype,
 )
@@ -160,6 +161,7 @@ def reshard(source: Path, output: Path, parallel: ParallelConfig, *, logits: boo
 def _check_megatron(source: Path) -> dict[str, Any]:
     if not on_rank_zero(lambda: is_megatron(source)):
         raise UserError(f"{source}: is a Hugging Face directory, not a Megatron checkpoint")
+    on_rank_zero(lambda: refuse_adapters(source))
     return verify(source)
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
+from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
@@ -139,9 +140,21 @@ def stored_dtype(path: Path) -> Dtype:
     return "bf16" if narrow else "fp32"
 
 
+def refuse_adapters(path: Path) -> None:
+    """Raise UserError for a checkpoint of a LoRA run: it holds the adapters without their base."""
+    file = path / "config.yaml"
+    if file.is_file() and (lora := load_config(file).model.lora) is not None:
+        raise UserError(
+            f"{path}: holds LoRA adapters alone (rank {lora.rank}), not a model. The end of their run writes the merged "
+            "model to hf/ and the adapters to adapter/ in the run's directory; start it again to get there, or with "
+            "training.steps at the step of this checkpoint"
+        )
+
+
 def open_policy(path: Path, parallel: ParallelConfig, dtype: Dtype, *, load: bool = True) -> Policy:
     """A frozen policy of a checkpoint of either kind, in this layout. Collective."""
     megatron = is_megatron(path)
+    refuse_adapters(path)
     model = ModelConfig(path=str(path / "hf" if megatron else path), dtype=dtype)
     policy = build_policy(
         model, parallel, TrainingConfig(steps=1), trained=False, load_weights=load and not megatron
