@@ -310,7 +310,7 @@ def main() -> int:
         "--cost", type=Path, default=Path("runs/evidence-cost.json"), help="processor seconds"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     names = arguments.sweep or ((START, *NAMES) if arguments.what == "run" else NAMES)
     try:
         if arguments.what == "run":

@@ -13,7 +13,7 @@ import pytest
 from gtpo_megatron.sweep.design import load_sweep
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["training.steps=2", "rollout.prompts_per_step=1", "rollout.group_size=4", "evaluation.samples=2"]
+SHORT = ["training.steps=3", "rollout.prompts_per_step=1", "rollout.group_size=4", "evaluation.samples=2"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def tool(name: str, folder: Path, *arguments: str) -> str:
 def test_from_nothing_to_a_page(tmp_path: Path) -> None:
     """One start policy, two arms, one seed; the same command leaves what is complete alone."""
     tool("make_evidence", tmp_path, "runs/evidence-inputs")
-    tool("evidence", tmp_path, "run", "--sweep", "evidence-start", "--only", "start-sums", "training.steps=3")
+    short = ["training.steps=3", "optimizer.warmup_steps=1"]
+    tool("evidence", tmp_path, "run", "--sweep", "evidence-start", "--only", "start-sums", *short)
     two = ["run", "--sweep", "evidence-sums", "--only", "po-seed100", "--jobs", "2", *SHORT]
     tool("evidence", tmp_path, *two)
     assert "2 of 2 runs are complete already" in tool("evidence", tmp_path, *two)
