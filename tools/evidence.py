@@ -207,7 +207,7 @@ def updated(page: str, sweeps: Mapping[str, Sweep]) -> str:
     """The page with the tables of these sweeps."""
     for name, sweep in sweeps.items():
         text = tables(name, sweep).replace("\\", "\\\\")
-        page = re.sub(TABLE.format(name), text, page, flags=re.DOTALL)
+        page = re.sub(TABLE.format(name), text, page, count=1, flags=re.DOTALL)
     return page
 
 

@@ -90,6 +90,15 @@ def test_tables(evidence: ModuleType) -> None:
     assert "| grpo-no-std - grpo | 3 | +0.033" in text  # its interval holds 0: not bold
 
 
+def test_tables_take_the_place_of_the_last_ones(evidence: ModuleType) -> None:
+    page = "a\n<!-- evidence-sums -->\n<!-- end of table -->\nb\n<!-- evidence-harsh -->\nc\n<!-- end of table -->\n"
+    sweep = made({"gtpo": [0.5]}, passes_ln2=[0.0], fell=[0.0])
+    once = evidence.updated(page, {"evidence-sums": sweep})
+    table = evidence.tables("evidence-sums", sweep)
+    assert once == page.replace("<!-- evidence-sums -->\n", f"<!-- evidence-sums -->\n{table}")
+    assert evidence.updated(once, {"evidence-sums": sweep}) == once
+
+
 def test_comparisons_keep_the_other_labels(evidence: ModuleType) -> None:
     sweep = made(
         {"half gtpo": [0.5], "half grpo": [0.5], "rare gtpo": [0.5], "rare gtpo-no-protection": [0.5]}
