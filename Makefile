@@ -8,6 +8,7 @@
 #   FAULTS=...       how many faults `make soak` injects
 #   SEED=...         what `make fuzz` tries
 #   MUTANTS=...      changes of each file that `make mutants` tries; 0: all
+#   PARTS=...        what `make gpu` runs; all by default
 #   SET=...          configuration of a quickstart or of `make evidence`, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME PAIR
@@ -16,18 +17,19 @@ TESTS ?= tests
 TIER ?=
 PAIR ?=
 # what depends on Megatron-Core, Megatron-Bridge and transformers: model, step, checkpoints, layouts, a run end to end
-PAIR_TESTS := tests/policy tests/parallel tests/test_train.py::test_a_run_writes_what_it_did \
+PAIR_TESTS := tests/policy tests/parallel tests/te tests/test_train.py::test_a_run_writes_what_it_did \
   tests/test_train.py::test_a_run_goes_on_where_it_ended
 # whose results are sums of floats: with torch's plain kernels the sums run in another order
 NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_model.py tests/rollout/test_embedded.py
 PYTEST := -m pytest -q --durations=25
 KILLS ?= 20
+PARTS ?=
 FAULTS ?= 40
 SEED ?= 0
 MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang evidence test lint format bench chaos soak fuzz mutants sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang evidence test numerics lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -73,6 +75,12 @@ test-pair-next:
 	@PAIR=next tools/setup_trainer_env.sh
 	@.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS))
 
+numerics: .venv ## the numeric tests with each instruction set that torch has kernels for, and 1 and 2 threads
+	@status=0; for set in default avx2 avx512; do for threads in 1 2; do \
+	  echo "== ATEN_CPU_CAPABILITY=$$set OMP_NUM_THREADS=$$threads"; \
+	  ATEN_CPU_CAPABILITY=$$set OMP_NUM_THREADS=$$threads $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
+	done; done; exit $$status
+
 lint: .venv ## ruff: rules and format
 	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/ruff format --check --output-format concise . >.build/format.log || { cat .build/format.log >&2; echo 'mended by: make format' >&2; exit 1; }
@@ -81,7 +89,11 @@ format: .venv ## format the code, and mend what ruff can
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 bench: .venv ## the benchmarks that need no GPU; results go to benchmarks/results
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python "$$file"; done
+
+gpu: ## on a machine with a GPU: what works, how fast, in which memory, in one unattended run (PARTS="steps resume": some of it)
+	@[ -x $(BIN)/python ] || tools/setup_trainer_env.sh
+	@$(BIN)/python benchmarks/gpu.py $(PARTS)
 
 chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments, and compare all its metrics
 	@$(BIN)/python tools/chaos.py --kills $(KILLS)

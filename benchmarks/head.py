@@ -249,8 +249,50 @@ def run_cuda() -> dict[str, object]:
             f"{name}: forward {result['cublas_fraction_forward']:.0%}, backward {result['cublas_fraction_backward']:.0%} "
             f"of cuBLAS's speed; {result['extra_mib']:.0f} MiB extra, the gradient of the hidden states included"
         )
+    peers = {name: _peer_on_gpu(method, case) for name, method in _gpu_peers().items()}
+    for name, result in peers.items():
+        print(
+            f"{name}: forward {result['forward_s']:.4f} s, backward {result['backward_s']:.4f} s, {result['extra_mib']:.0f} MiB extra"
+        )
     machine = describe_machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {"machine": machine, "case": asdict(case), "cublas_s": cublas, "head": results}
+    return {"machine": machine, "case": asdict(case), "cublas_s": cublas, "head": results, "peers": peers}
+
+
+def _gpu_peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The peers that are installed; each gives a loss."""
+    peers: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "whole": lambda *inputs: whole(*inputs)[0].sum()
+    }
+    if importlib.util.find_spec("trl"):
+        peers["trl"] = lambda *inputs: trl(*inputs)[0].sum()
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")  # cross entropy alone, no entropy
+        peers["liger"] = lambda hidden, weight, targets: fused(weight, hidden, targets)
+    return peers
+
+
+def _peer_on_gpu(method: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> dict[str, float]:
+    """One forward and backward with gradients of both factors. Liger's does the backward's work in its forward."""
+    inputs = make(case, "cuda", torch.bfloat16)
+
+    def forward() -> Tensor:
+        return method(*inputs)
+
+    def both() -> None:
+        inputs[0].grad = inputs[1].grad = None
+        forward().backward()
+
+    both()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = _gpu_seconds(forward, case.repeats), _gpu_seconds(both, case.repeats)
+    return {
+        "forward_s": seconds[0],
+        "backward_s": seconds[1] - seconds[0],
+        "extra_mib": (torch.cuda.max_memory_allocated() - before) / MIB,
+    }
 
 
 def _gpu_seconds(function: Callable[[], object], repeats: int) -> float:
@@ -276,6 +318,7 @@ def main() -> None:
         "--cases", type=int, nargs="+", default=range(len(CASES)), help="CPU: numbers of cases"
     )
     parser.add_argument("--repeats", type=int, help="CPU: turns of each method in a case")
+    parser.add_argument("--output", type=Path, help="where the result goes")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -287,7 +330,7 @@ def main() -> None:
     cases = [replace(CASES[number], **repeats) for number in arguments.cases]
     report = run_cuda() if arguments.device == "cuda" else run_cpu(cases)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / ("head_cuda.json" if arguments.device == "cuda" else "head.json")
+    path = arguments.output or RESULTS / ("head_cuda.json" if arguments.device == "cuda" else "head.json")
     path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 

@@ -16,9 +16,11 @@ from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
+from gtpo_megatron.policy.collective import for_rank_zero
 from gtpo_megatron.policy.exchange.adapter import export_adapter
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
 from gtpo_megatron.policy.optimizer import Update, apply_update
+from gtpo_megatron.policy.seen import TokenWatch, seen_of
 from gtpo_megatron.policy.step import (
     PassResult,
     batch_objective,
@@ -32,6 +34,7 @@ from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.analysis import summarise
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.seen import write_seen
 from gtpo_megatron.trajectories.shares import BatchTable
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,8 @@ def take_steps(run: Run, batches: Batches) -> None:
                 record(run, trajectories, passed, update, sampled_for)
         with saved_before_giving_up(run, batches):
             stop_after_bad_steps(run, update)
+            if run.config.alarm.action == "stop":
+                for_rank_zero(lambda: run.alarm.check(run.step))
         if evaluation_due(run):
             with saved_before_giving_up(run, batches):
                 evaluate(run)
@@ -114,7 +119,7 @@ def save(run: Run, batches: Batches) -> None:
 def dealt(run: Run, trajectories: Sequence[Trajectory]) -> tuple[BatchTable, list[MicroBatch]]:
     """The table of a batch that rank 0 has, and this rank's micro-batches of it. Collective."""
     with run.stage("training"):
-        return deal(trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
+        return deal(run.policy, trajectories, run.config.parallel, run.config.training.micro_batch_tokens)
 
 
 def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tuple[PassResult, Update]:
@@ -133,11 +138,14 @@ def train_on(run: Run, table: BatchTable, micro_batches: list[MicroBatch]) -> tu
         micro_batches = with_reference_logprobs(run, micro_batches, temperature)
         objective = batch_objective(algorithm, table, run.initial_entropy or 0.0)
         for _ in range(algorithm.updates_per_batch):
-            passed = forward_backward(run.policy, micro_batches, objective, count, temperature=temperature)
+            watch = TokenWatch(config.logging.seen if algorithm.name != "sft" else "off")
+            watched = watch.on(objective)
+            passed = forward_backward(run.policy, micro_batches, watched, count, temperature=temperature)
             update = apply_update(run.optimizer, run.policy, passed.loss)
             run.version += update.applied
             if not update.applied:
                 break
+        passed = replace(passed, tokens=watch.gather(table))
     return passed, update
 
 
@@ -188,8 +196,25 @@ def record(
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
     metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
     metrics["memory/peak_gib"] = platform.peak_memory_gib()
-    run.metrics.log(run.step, metrics)
+    said, new = run.alarm.step(metrics) if run.config.algorithm.name != "sft" else ({}, [])
+    run.metrics.log(run.step, metrics | said)
     run.progress.step(run.step, metrics)
+    for alarm in new:
+        log.warning("step %d: alarm %s: %s", run.step, alarm.rule, alarm.text)
+        run.progress.note(f"warning, step {run.step}: {alarm.text} (alarm: {alarm.rule})")
+    keep_seen(run, trajectories, passed)
+
+
+def keep_seen(run: Run, trajectories: Sequence[Trajectory], passed: PassResult) -> None:
+    """Write what training saw of the step beside its batch. A failure is said, and ends no run: nothing later needs the file."""
+    algorithm = run.config.algorithm
+    if run.config.logging.seen == "off" or algorithm.name == "sft":
+        return
+    try:
+        seen = seen_of(algorithm, BatchTable.of(trajectories), passed)
+        write_seen(run.store.directory, run.step - 1, trajectories, seen)
+    except OSError as error:
+        log.warning("step %d: what training saw of it could not be written: %s", run.step, error)
 
 
 def policy_metrics(passed: PassResult, tokens: int, completions: int, importance: str) -> dict[str, float]:

@@ -9,8 +9,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "control", "errors"}
-READERS = {"run.directory", "run.metrics", "trajectories"}  # what a run leaves behind, for those who read it
+BASE = {"config", "control", "errors", "network", "processes"}
+READERS = {
+    "run.alarm",
+    "run.directory",
+    "run.metrics",
+    "trajectories",
+}  # what a run leaves behind, for those who read it
 # room -> the other rooms of ours that it may import; a file of the package that stands in no room fails
 ALLOWED = {
     "algorithm": set(),
@@ -18,6 +23,8 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "control": {"errors"},
+    "network": {"errors"},
+    "processes": set(),
     "machine": BASE,
     "cluster": BASE | {"run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
@@ -28,6 +35,7 @@ ALLOWED = {
     "rollout.sglang": BASE | {"rollout", "trajectories"},
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
+    "run.alarm": BASE,
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
@@ -39,6 +47,7 @@ ALLOWED = {
         "rewards",
         "rollout",
         "rollout.sglang",
+        "run.alarm",
         "run.metrics",
         "run.progress",
         "run.directory",
@@ -46,6 +55,8 @@ ALLOWED = {
     },
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
+    "replay.float64": {"errors", "trajectories"},
+    "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
     "sweep": BASE | {"run.directory", "run.metrics"},
     "commands": BASE
     | {
@@ -55,6 +66,7 @@ ALLOWED = {
         "machine",
         "plan",
         "policy",
+        "replay",
         "run",
         "run.directory",
         "sweep",
@@ -66,6 +78,7 @@ ALLOWED = {
 # What these look at is the machine, or the tensor in their hands; nothing in them decides how the policy is computed.
 MAY_SAY_CUDA = {
     "policy/platform.py": "the one place that knows",
+    "policy/without_cuda.py": "what it leads to the CPU",
     "machine/doctor.py": "reports what the machine has",
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
@@ -147,6 +160,15 @@ def test_only_rollout_sglang_speaks_http() -> None:
 def test_train_is_the_algorithm_alone() -> None:
     libraries = {name.partition(".")[0] for name in imports(PACKAGE / "train.py")}
     assert libraries.isdisjoint({"megatron", "torch", "transformers", "aiohttp"})
+
+
+def test_one_module_kills_process_groups_and_watches_owners() -> None:
+    found = {
+        source.relative_to(PACKAGE).as_posix()
+        for source in SOURCES
+        if any(word in source.read_text(encoding="utf-8") for word in ("killpg", "getppid(", "PDEATHSIG"))
+    }
+    assert found == {"processes.py"}
 
 
 def test_the_cluster_is_seen_without_torch() -> None:

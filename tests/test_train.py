@@ -16,6 +16,7 @@ from gtpo_megatron.run.directory import Owner, read_status
 from gtpo_megatron.run.metrics import read_metrics
 from gtpo_megatron.run.verify_resume import compare
 from gtpo_megatron.trajectories.record import Trajectory
+from gtpo_megatron.trajectories.seen import read_seen
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.pool import RankPool
 from tests.training_jobs import (
@@ -47,6 +48,7 @@ METRICS = {
     "response/length_mean",
     "response/length_max",
     "response/truncated",
+    "response/repetition",
     "response/continued",
     "conflict/prefix_mean",
     "conflict/suffix_mean",
@@ -113,7 +115,7 @@ def gtpo(ranks: RankPool, make: Callable[..., RunConfig]) -> RunConfig:
         data={"path": str(GSM8K), "format": "gsm8k"},
         training={"steps": 4},
         checkpoint={"export_hf": True},
-        logging={"tensorboard": True},
+        logging={"tensorboard": True, "seen": "entropies"},
         evaluation={"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 3, "system_prompt": ""}},
     )
     ((code, was_stored),) = ranks.run(1, run_noting_the_store, config)
@@ -164,6 +166,39 @@ def test_stored_trajectories_are_those_of_the_metrics(gtpo: RunConfig) -> None:
             assert sum(t.advantage for t in batch if t.group == group) == pytest.approx(0, abs=1e-9)
     seen = [t.prompt_id for batch in batches for t in batch if t.index == 0]
     assert len(set(seen)) == len(seen) == 8  # the epoch's prompts, each once
+
+
+def test_what_training_saw_stands_beside_the_batch(gtpo: RunConfig) -> None:
+    directory = gtpo.path / "trajectories"
+    assert not list(directory.glob(".*"))
+    for step, (batch, line) in enumerate(
+        zip(stored(gtpo), (m for m in metrics_of(gtpo) if "loss" in m), strict=True)
+    ):
+        seen = read_seen(directory, step)
+        assert seen.entropy.mean() == pytest.approx(line["entropy/mean"], rel=1e-6)
+        assert seen.gate.mean() == line["gate/pass_rate"]
+        assert seen.gap_max.max() == line["logprob_gap/max"]
+        share = 0.0
+        for place, t in enumerate(batch):
+            gap = np.abs(seen.logprobs[place] - t.logprobs)
+            assert gap.mean() == pytest.approx(seen.gap[place], abs=1e-6)
+            assert seen.entropies[place].mean() == pytest.approx(seen.entropy[place], rel=2**-8)
+            assert (seen.entropies[place].view(np.uint32) & 0xFFFF == 0).all()  # as bfloat16 has them
+            position = np.arange(t.length)
+            conflict = (position < t.prefix) | (position >= t.length - t.suffix)
+            of_conflict = {-1: 0.0, 0: 1.0, 1: 2.0}[int(np.sign(t.advantage))]
+            share += seen.coefficient[place] * np.where(conflict, of_conflict, 1.0).sum()
+        assert -share == pytest.approx(line["loss"], rel=1e-5, abs=1e-7)
+
+
+def test_a_record_that_cannot_be_written_ends_no_run(ranks: RankPool, make: Callable[..., RunConfig]) -> None:
+    config = make("no-record", training={"steps": 2})
+    blocked = config.path / "trajectories" / "seen-00000000.parquet"
+    blocked.mkdir(parents=True)
+    (blocked / "file").touch()
+    assert ranks.run(1, run_training, config) == [0]
+    assert blocked.is_dir() and read_seen(blocked.parent, 1) is not None
+    assert "step 1: what training saw" in (config.path / "logs" / "rank-0.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +260,8 @@ def test_the_directory_of_another_run_is_refused(
     (message,) = ranks.run(1, run_training, other)
     assert str(gtpo.path) in message
     assert "another configuration" in message and "name=" in message
-    assert "algorithm:" in message and "optimizer.lr: 0.01 there, 1.0 here" in message
+    assert "algorithm.gamma: 0.1 there, 0.5 here" in message
+    assert "optimizer.lr: 0.01 there, 1.0 here" in message
     assert (gtpo.path / "config.yaml").read_text() == before
 
 
@@ -290,6 +326,26 @@ def test_sampling_that_a_signal_cuts_short_is_done_again_by_the_next_process(
     assert ranks.run(world, run_training, whole) == [0] * world
     report = compare(metrics_of(config), metrics_of(whole))
     assert report.exact and report.compared > 60, report.summary()
+
+
+def test_an_alarm_stops_a_run_that_goes_on_if_it_is_told_to(
+    ranks: RankPool, make: Callable[..., RunConfig]
+) -> None:
+    def configure(action: str) -> RunConfig:
+        alarm = {"action": action, "baseline": 1, "patience": 2, "entropy_rise": 1e-6}
+        return make("alarmed", training={"steps": 6}, parallel={"pipeline": 2}, alarm=alarm)
+
+    config = configure("stop")
+    codes = ranks.run(2, run_training, config)
+    assert all("step 5: stopped by the alarm (entropy" in code for code in codes)
+    assert [line["alarm/rules"].split(", ")[:1] for line in metrics_of(config)] == [[""]] * 3 + [
+        ["entropy"]
+    ] * 2
+    assert checkpoints(config) == ["step-000005"]
+    assert "step 4: alarm entropy: entropy" in (config.path / "logs" / "rank-0.log").read_text()
+    assert ranks.run(2, run_training, configure("warn")) == [0, 0]
+    assert [line["alarm/firing"] > 0 for line in metrics_of(config)] == [False] * 3 + [True] * 3
+    assert "| entropy | 4 | 6 | 3 |" in (config.path / "summary.md").read_text()
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(

@@ -33,7 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "algorithm": ("tests/algorithm", "tests/policy/test_head_reference_entropy.py"),
     "trajectories": ("tests/trajectories",),
     "policy/head/function.py": ("tests/policy/test_head.py",),
-    "policy/head/tiles.py": ("tests/policy/test_head.py",),
+    "policy/head/tiles.py": ("tests/policy/test_tiles.py", "tests/policy/test_head.py"),
     "policy/head/torch_head.py": ("tests/policy/test_head.py",),
     "policy/objective.py": ("tests/policy/test_objective.py",),
     "run/batches.py": ("tests/run/test_batches.py",),
@@ -49,15 +49,23 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 }  # fmt: skip
 NAMES = {"min": "max", "max": "min", "amax": "amin", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any",
          "sum": "mean", "mean": "sum", "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
-# "path: change" of survivors that no test can tell from the original, and why
-EQUIVALENT: dict[str, str] = {
-    "algorithm/baselines.py: `0.0` to `1.0`": "what replaces an uncounted log-probability is multiplied by weight 0",
-    "algorithm/conflicts.py: `BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`": "a wider block: speed alone",
-    "algorithm/conflicts.py: `2` to `3`": "how fast the blocks widen: speed alone",
-    "policy/head/tiles.py: `1` to `2`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `8192` to `8193`": "the size of a tile: speed and workspace alone",
-    "policy/head/tiles.py: `0` to `1`": "one byte of logits kept for the backward pass: none is kept",
-}
+# (path, change, what its line holds) of survivors that no test can tell from the original, and why
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("algorithm/baselines.py", "`0.0` to `1.0`", ""): "what replaces an uncounted log-probability is multiplied by weight 0",
+    ("algorithm/conflicts.py", "`BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`", ""): "a wider block: speed alone",
+    ("algorithm/conflicts.py", "`2` to `3`", "2 * width"): "how fast the blocks widen: speed alone",
+    ("trajectories/analysis.py", "`1` to `2`", "max(int(lengths.sum()), 1)"): "without tokens there is nothing to divide",
+    ("rollout/collect.py", "`1` to `2`", "generate_state(1,"): "the first of two words is that of one",
+    ("policy/head/tiles.py", "`vocab_tile > 256` to `vocab_tile >= 256`", ""): "256 is a multiple of itself",
+}  # fmt: skip
+
+
+TITLE = """# Mutants
+
+`make mutants` changes the code in small ways, one at a time, and runs the tests of the changed file. A file's line is that of
+its newest trial (`tools/mutants.py --only PATH --output docs/results/mutants.md` renews it).
+
+"""
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,16 @@ class Mutant:
     path: str  # below gtpo_megatron/
     line: int
     change: str
+    code: str  # the line
     source: str  # the whole changed file
 
     @property
-    def name(self) -> str:
-        return f"{self.path}: {self.change}"
+    def equivalent(self) -> str | None:
+        """Why no test can notice it, where that is so."""
+        for (path, change, code), why in EQUIVALENT.items():
+            if (path, change) == (self.path, self.change) and code in self.code:
+                return why
+        return None
 
 
 def mutants(path: str, text: str) -> list[Mutant]:
@@ -85,7 +98,8 @@ def mutants(path: str, text: str) -> list[Mutant]:
                 before = ast.unparse(node)
                 apply()
                 after = f"not ({before})" if apply.place == "test" else ast.unparse(node)
-                found.append(Mutant(path, node.lineno, f"`{before}` to `{after}`", ast.unparse(tree)))
+                line = text.splitlines()[node.lineno - 1]
+                found.append(Mutant(path, node.lineno, f"`{before}` to `{after}`", line, ast.unparse(tree)))
                 break
     return found
 
@@ -189,30 +203,53 @@ def sources(only: str) -> Iterator[tuple[str, tuple[str, ...]]]:
                 yield name, tests
 
 
-def table(results: dict[str, list[tuple[Mutant, bool]]], header: str) -> str:
-    """Markdown: killed by file, then the survivors."""
-    lines = [
-        header,
-        "",
-        "| file | mutants | killed | equivalent | survivors |",
-        "| --- | --- | --- | --- | --- |",
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file's sampled mutants."""
+
+    path: str
+    sample: str  # which of them were tried
+    tried: int
+    survivors: list[Mutant]
+
+    def lines(self) -> tuple[str, list[str]]:
+        """Markdown: the row of the table, and the survivors."""
+        argued = sum(1 for mutant in self.survivors if mutant.equivalent)
+        killed, left = self.tried - len(self.survivors), len(self.survivors) - argued
+        row = f"| `{self.path}` | {self.sample} | {self.tried} | {killed} | {argued} | {left} |"
+        return row, [f"- `{m.path}`:{m.line} {m.change}{_why(m)}" for m in self.survivors]
+
+
+HEAD = [
+    "| file | sample | mutants | killed | equivalent | survivors |",
+    "| --- | --- | --- | --- | --- | --- |",
+]
+
+
+def page(outcomes: list[Outcome], previous: str = "") -> str:
+    """Markdown: what became of the mutants by file, then the survivors; other files' lines of a `previous` page are kept."""
+    fresh = tuple(f"`{outcome.path}`" for outcome in outcomes)
+    old = [
+        line for line in previous.splitlines() if line[2:].startswith("`") and not line[2:].startswith(fresh)
     ]
-    survivors = []
-    for path, outcomes in results.items():
-        left = [mutant for mutant, killed in outcomes if not killed]
-        argued = [mutant for mutant in left if mutant.name in EQUIVALENT]
-        survivors += left
-        lines.append(
-            f"| `{path}` | {len(outcomes)} | {len(outcomes) - len(left)} | {len(argued)} | {len(left) - len(argued)} |"
-        )
-    if survivors:
-        lines += ["", "Survivors:", ""]
-        lines += [f"- `{m.path}`:{m.line} {m.change}{_why(m)}" for m in survivors]
-    return "\n".join(lines) + "\n"
+    both = [outcome.lines() for outcome in outcomes]
+    rows = sorted([row for row, _ in both] + [line for line in old if line.startswith("| ")])
+    survivors = sorted(
+        [line for _, lines in both for line in lines] + [line for line in old if line.startswith("- ")]
+    )
+    tried, killed, argued, left = (
+        sum(int(row.split("|")[column]) for row in rows) for column in (3, 4, 5, 6)
+    )
+    share = 100 * (killed + argued) / max(tried, 1)
+    total = f"{tried} mutants of {len(rows)} files: {killed} killed, {argued} argued equivalent ({share:.0f}% together), {left} left."
+    return (
+        "\n".join([total, "", *HEAD, *rows, *(["", "Survivors:", "", *survivors] if survivors else [])])
+        + "\n"
+    )
 
 
 def _why(mutant: Mutant) -> str:
-    return f": equivalent: {EQUIVALENT[mutant.name]}" if mutant.name in EQUIVALENT else ""
+    return f": equivalent: {mutant.equivalent}" if mutant.equivalent else ""
 
 
 def main(
@@ -224,36 +261,45 @@ def main(
     """Mutate, test, print the table. Exit code 1 when a mutant survives that is not argued to be equivalent."""
     import torch  # noqa: F401  before the forks, which then need not import it
 
-    chance, results = random.Random(seed), {}
+    chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory:
         bench, seconds = Bench(Path(directory)), {}
-        for path, tests in sources(only):
-            if tests not in seconds:
-                started = time.monotonic()
-                if not bench.passes(tests, 1800):
-                    raise typer.BadParameter(f"{' '.join(tests)} fail without any change; mend them first")
-                seconds[tests] = time.monotonic() - started
-            every = mutants(path, (ROOT / "gtpo_megatron" / path).read_text(encoding="utf-8"))
-            chosen = (
-                every if not mutants_per_file else chance.sample(every, min(mutants_per_file, len(every)))
-            )
-            outcomes = results.setdefault(path, [])
-            for mutant in sorted(chosen, key=lambda m: m.line):
-                with bench.mutated(mutant):
-                    killed = not bench.passes(tests, 30 + 5 * seconds[tests])
-                outcomes.append((mutant, killed))
-                if not killed:
-                    typer.echo(f"survived: {mutant.path}:{mutant.line} {mutant.change}", err=True)
-    text = table(
-        results, f"`tools/mutants.py --mutants {mutants_per_file} --seed {seed}`, {len(results)} files:"
-    )
-    typer.echo(text)
+        outcomes = [
+            tried(bench, path, tests, mutants_per_file, seed, chance, seconds)
+            for path, tests in sources(only)
+        ]
+    typer.echo(page(outcomes))
     if output is not None:
-        output.write_text(f"# Mutants\n\n{text}", encoding="utf-8")
-    left = sum(
-        not killed and m.name not in EQUIVALENT for outcomes in results.values() for m, killed in outcomes
-    )
-    raise typer.Exit(int(left > 0))
+        previous = output.read_text(encoding="utf-8") if output.exists() else ""
+        output.write_text(f"{TITLE}{page(outcomes, previous)}", encoding="utf-8")
+    raise typer.Exit(int(any(not mutant.equivalent for outcome in outcomes for mutant in outcome.survivors)))
+
+
+def tried(
+    bench: Bench,
+    path: str,
+    tests: tuple[str, ...],
+    count: int,
+    seed: int,
+    chance: random.Random,
+    seconds: dict[tuple[str, ...], float],
+) -> Outcome:
+    """A sample of a file's mutants against its tests. `seconds` keeps how long the tests last without any change."""
+    if tests not in seconds:
+        started = time.monotonic()
+        if not bench.passes(tests, 1800):
+            raise typer.BadParameter(f"{' '.join(tests)} fail without any change; mend them first")
+        seconds[tests] = time.monotonic() - started
+    every = mutants(path, (ROOT / "gtpo_megatron" / path).read_text(encoding="utf-8"))
+    chosen = every if not count else chance.sample(every, min(count, len(every)))
+    survivors = []
+    for mutant in sorted(chosen, key=lambda m: m.line):
+        with bench.mutated(mutant):
+            if bench.passes(tests, 30 + 5 * seconds[tests]):
+                survivors.append(mutant)
+                typer.echo(f"survived: {mutant.path}:{mutant.line} {mutant.change}", err=True)
+    sample = "all" if len(chosen) == len(every) else f"of {len(every)}, seed {seed}"
+    return Outcome(path, sample, len(chosen), survivors)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ from gtpo_megatron.errors import UserError
 
 
 def analyse(
-    paths: Sequence[Path], *, tokenizer: Path | None = None, trust: bool = False, html: Path | None = None
+    paths: Sequence[Path],
+    *,
+    tokenizer: Path | None = None,
+    trust: bool = False,
+    html: Path | None = None,
+    against: Path | None = None,
 ) -> Figures:
     """Analyse a dump, and write its page if asked.
 
@@ -26,6 +31,7 @@ def analyse(
         tokenizer: a local folder; for a run of ours its own is found.
         trust: load pickles.
         html: where the page goes.
+        against: another dump, shown beside this one on the page.
 
     Returns:
         The figures of `Findings.figures`.
@@ -46,8 +52,26 @@ def analyse(
         raise UserError(f"{', '.join(map(str, paths))}: no completions in it")
     figures = findings.figures(vocabulary)
     if page is not None:
-        page.write(html, figures, title=", ".join(path.name or str(path) for path in paths))
+        other = None if against is None else _beside(page, against, tokenizer, trust)
+        page.write(html, figures, title=", ".join(path.name or str(path) for path in paths), other=other)
     return figures
+
+
+def _beside(page: Page, path: Path, tokenizer: Path | None, trust: bool) -> Figures:
+    """Put another dump on the page; its title and the figures of its steps."""
+    dump = open_dump([path], trust)
+    vocabulary = _vocabulary(dump, tokenizer)
+    findings = Findings(dump)
+    page.beside(vocabulary)
+    for batch in dump.batches:
+        examined = examine(vocabulary.complete(batch, dump.format))
+        page.add(examined, findings.add(examined))
+    if not findings.steps:
+        raise UserError(f"{path}: no completions in it")
+    return {
+        "title": path.name or str(path),
+        "by_step": findings.figures(vocabulary)["by_step"],
+    }
 
 
 def _vocabulary(dump: Dump, tokenizer: Path | None) -> Vocabulary:

@@ -32,6 +32,12 @@ class Completions:
     prompt_ids: Sequence[NDArray[np.int32]] | None = None  # [N]
     logprobs: NDArray[np.float32] | None = None  # [T] of the sampler, nats
     entropies: NDArray[np.float32] | None = None  # [T] of the trained policy, nats
+    trainer_logprobs: NDArray[np.float32] | None = None  # [T] of the trained policy, nats
+    mean_entropies: NDArray[np.float64] | None = None  # [N] as training measured them, nats
+    gates: NDArray[np.float64] | None = None  # [N] 1 or 0: whether training's entropy filter let it pass
+    coefficients: NDArray[np.float64] | None = (
+        None  # [N] what training's objective had before its sum over tokens
+    )
     truncated: NDArray[np.bool_] | None = None  # [N] ended by the length limit
     staleness: NDArray[np.float64] | None = (
         None  # [N] steps between the weights that sampled and the step, mean of tokens

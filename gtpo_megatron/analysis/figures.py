@@ -1,9 +1,10 @@
 """The plot of a run: one panel for each kind of metric that it has."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,6 +51,51 @@ def plot_run(rows: Rows, path: Path, title: str) -> None:
         axes.legend(fontsize="small")
     for axes in list(figure.axes)[len(panels) :]:
         axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+# Colours of Okabe and Ito, told apart by every common colour vision.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def plot_recipes(recipes: Sequence[Any], names: Sequence[str], path: Path) -> None:
+    """Draw a panel a metric with a line a recipe: the mean of its runs, and a band from the lowest to the highest.
+
+    Args:
+        recipes: of `recipes.Recipe`: `label`, and `band(metric)` giving (steps, values [runs, steps]).
+        names: metrics.
+        path: of the PNG file.
+    """
+    columns = min(3, max(1, len(names)))
+    height = max(1, math.ceil(len(names) / columns))
+    figure = Figure(figsize=(5 * columns, 3.2 * height + 0.4), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False).flat
+    for axes, name in zip(grid, names, strict=False):
+        for place, recipe in enumerate(recipes):
+            steps, values = recipe.band(name)
+            if not steps:
+                continue
+            colour = _COLOURS[place % len(_COLOURS)]
+            style = _STYLES[place // len(_COLOURS) % len(_STYLES)]
+            marker = "o" if len(steps) < 30 else None
+            axes.plot(
+                steps, values.mean(0), style, color=colour, label=recipe.label, marker=marker, markersize=3
+            )
+            if len(values) > 1:
+                axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+        if name == "entropy/mean":
+            axes.axhline(math.log(2), color="gray", linestyle="--", linewidth=1)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    for axes in list(figure.axes)[len(names) :]:
+        axes.set_visible(False)
+    handles = {}
+    for axes in figure.axes:
+        handles |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, max(1, len(recipes)))
+    )
     figure.savefig(path, dpi=110)
 
 

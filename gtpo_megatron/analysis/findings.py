@@ -14,14 +14,11 @@ from gtpo_megatron.algorithm import entropy_gate
 from gtpo_megatron.analysis.conflict import Examined
 from gtpo_megatron.analysis.dump import Dump
 from gtpo_megatron.analysis.tokens import Vocabulary
+from gtpo_megatron.trajectories.analysis import repetition
 
 TOP_STRINGS = 20
 POSITIONS = 32  # counted from each end
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-GRAM = 4
-_PRIMES = np.array(
-    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
-)
 Figures = dict[str, Any]
 
 
@@ -53,6 +50,8 @@ class Findings:
             earlier = [np.full(count, np.nan)] if name not in self._terms and count else []
             self._terms.setdefault(name, earlier).append(batch.terms.get(name, missing))
         step = _step_figures(examined, columns) | self._entropy(columns, batch.step)
+        logged = self.dump.step_metrics.get(batch.step, {})
+        step["metrics"] = {name: logged.get(name) for name in _LOGGED} if logged else None
         self.steps.append(step)
         return step
 
@@ -62,6 +61,8 @@ class Findings:
             logged = self.dump.step_metrics.get(step, {})
             return {"entropy": logged.get("entropy/mean"), "gate_pass": logged.get("gate/pass_rate")}
         mean = float(columns["entropy"].mean())
+        if "gate" in columns:
+            return {"entropy": mean, "gate_pass": float(columns["gate"].mean())}
         if self._initial_entropy is None:
             self._initial_entropy = mean
         gate = entropy_gate(torch.from_numpy(columns["entropy"]), self._initial_entropy)
@@ -151,6 +152,7 @@ class Findings:
 
 
 _NO_TOKENIZER = "a tokenizer: tokens are shown by their numbers; --tokenizer DIR gives them text"
+_LOGGED = ("loss", "grad_norm", "logprob_gap/max")  # of a run of ours
 _COUNTS = ("completions", "groups", "tokens", "protected_tokens", "amplified_tokens", "groups_without_signal")
 
 
@@ -173,12 +175,15 @@ def _per_completion(examined: Examined) -> dict[str, NDArray]:
         columns["pull"] = coefficient * _sums(pull, batch.offsets) / np.maximum(lengths, 1)
         pull[~examined.in_conflict] = 0.0
         columns["pull_in_conflict"] = coefficient * _sums(pull, batch.offsets) / np.maximum(lengths, 1)
-    if batch.entropies is not None:
+    if batch.mean_entropies is not None:
+        columns["entropy"] = batch.mean_entropies
+    elif batch.entropies is not None:
         columns["entropy"] = _sums(batch.entropies.astype(np.float64), batch.offsets) / np.maximum(lengths, 1)
     for name, values in (
         ("reward", batch.rewards),
         ("truncated", batch.truncated),
         ("staleness", batch.staleness),
+        ("gate", batch.gates),
     ):
         if values is not None:
             columns[name] = values
@@ -204,25 +209,6 @@ def _step_figures(examined: Examined, columns: Mapping[str, NDArray]) -> Figures
         "repetition": repetition(examined.batch.token_ids, examined.batch.offsets),
         "diversity": diversity(examined.batch.token_ids, examined.batch.offsets, group),
     }
-
-
-def repetition(token_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> float:
-    """Share of runs of 4 tokens that stood earlier in the same completion; 0 where none is so long.
-
-    Runs are compared by 64-bit hashes, so that a figure may be off by about one in 10^7 of a million runs.
-    """
-    if len(token_ids) < GRAM:
-        return 0.0
-    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    count = len(token_ids) - GRAM + 1
-    hashes = row[:count].astype(np.uint64)
-    hashes *= np.uint64(0xD6E8FEB86659FD93)
-    for k, prime in enumerate(_PRIMES):
-        hashes = (hashes ^ (token_ids[k : k + count].astype(np.uint64) + np.uint64(k + 1))) * prime
-        hashes ^= hashes >> np.uint64(29)
-    hashes = hashes[row[:count] == row[GRAM - 1 :]]
-    hashes.sort()
-    return float(np.count_nonzero(hashes[1:] == hashes[:-1]) / max(len(hashes), 1))
 
 
 def diversity(token_ids: NDArray[np.int32], offsets: NDArray[np.int64], group: NDArray[np.int64]) -> float:

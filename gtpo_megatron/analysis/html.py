@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ WHOLE_TOKENS = 4_000_000  # of a page; completions behind these are shown by the
 END_TOKENS = 64
 PART_COMPLETIONS = 1024  # whole groups
 PROMPT_CHARACTERS = 4000
-_DATA, _TITLE = "<!-- data -->", "<!-- title -->"
+_DATA, _TITLE, _PROGRAM = "<!-- data -->", "<!-- title -->", "/* program */"
 Json = dict[str, Any]
 
 
@@ -34,7 +35,11 @@ class Page:
         self._vocabulary = vocabulary
         self._parts: list[str] = []
         self._index: list[Json] = []
-        self._tokens = 0
+        self._tokens = self._side = 0
+
+    def beside(self, vocabulary: Vocabulary) -> None:
+        """What is added from now on is of another dump, shown beside the first."""
+        self._side, self._vocabulary = 1, vocabulary
 
     def add(self, examined: Examined, step: Json) -> None:
         """Put a step's completions on the page."""
@@ -42,21 +47,30 @@ class Page:
             content = self._part(examined, groups)
             data = json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode()
             self._parts.append(base64.b64encode(gzip.compress(data, 6, mtime=0)).decode())
-            self._index.append({"step": step["step"], "part": number, "groups": len(groups)})
+            entry = {"step": step["step"], "part": number, "groups": len(groups)}
+            if self._side:
+                entry |= {"side": self._side, "keys": [group["key"] for group in content["groups"]]}
+            self._index.append(entry)
 
-    def write(self, path: Path, figures: Json, title: str) -> None:
-        """Write the page; whole or not at all.
+    def write(self, path: Path, figures: Json, title: str, other: Json | None = None) -> None:
+        """Write the page; whole or not at all. `other`: title and `by_step` of the run beside.
 
         Raises:
             UserError: it cannot be written.
         """
-        template = files("gtpo_megatron.analysis").joinpath("page.html").read_text(encoding="utf-8")
+        template, program = (
+            files("gtpo_megatron.analysis").joinpath(name).read_text(encoding="utf-8")
+            for name in ("page.html", "page.js")
+        )
         head, tail = template.replace(_TITLE, _escaped(title)).split(_DATA)
+        tail = tail.replace(_PROGRAM, program)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(head)
-                summary = json.dumps({"title": title, "figures": figures, "parts": self._index})
+                summary = json.dumps(
+                    {"title": title, "figures": figures, "parts": self._index, "other": other}
+                )
                 # In a script element only a tag can end it; "<" is written so that no text of the dump can hold one.
                 file.write('<script type="application/json" id="summary">')
                 file.write(summary.replace("<", "\\u003c"))
@@ -75,6 +89,7 @@ class Page:
             {
                 "g": group,
                 "prompt": self._prompt(examined, int(rows[0])),
+                "key": _key(examined, int(rows[0])),
                 "c": [self._completion(examined, int(row), used) for row in rows],
             }
             for group, rows in groups
@@ -108,6 +123,13 @@ class Page:
             completion["lp"] = _hundredths(batch.logprobs[at])
         if batch.entropies is not None:
             completion["e"] = _hundredths(batch.entropies[at])
+        if batch.trainer_logprobs is not None:
+            completion["tl"] = _hundredths(batch.trainer_logprobs[at])
+        for name, values in (("h", batch.mean_entropies), ("gate", batch.gates)):
+            if values is not None:
+                completion[name] = _rounded(values[row])
+        if batch.coefficients is not None:
+            completion["k"] = float(f"{batch.coefficients[row]:.4g}")
         if batch.truncated is not None:
             completion["u"] = bool(batch.truncated[row])
         if batch.staleness is not None:
@@ -141,6 +163,16 @@ def _parts(groups: NDArray[np.int64]) -> Iterator[list[tuple[int, NDArray[np.int
         size += len(rows)
     if part:
         yield part
+
+
+def _key(examined: Examined, row: int) -> str:
+    """The same for the same prompt, in whichever run; empty where the dump has no prompts."""
+    batch = examined.batch
+    if batch.prompt_ids is not None:
+        content = np.asarray(batch.prompt_ids[row], np.int32).tobytes()
+    else:
+        content = batch.prompts[row].encode() if batch.prompts is not None else b""
+    return f"{zlib.crc32(content):08x}" if content else ""
 
 
 def _hundredths(values: NDArray[np.float32]) -> list[int]:

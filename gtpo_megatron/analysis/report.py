@@ -55,10 +55,10 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
     """Write `summary.md` and `report.png` into the run's directory, print the main table, and return the summary's path.
 
     Raises:
-        UserError: the directory is no run's, holds no step yet, or one of its files is damaged.
+        UserError: the directory is no run's, holds no step yet, cannot be written to, or one of its files is damaged.
     """
     run_dir = Path(run_dir)
-    config = _read_config(run_dir / "config.yaml")
+    config = read_run_config(run_dir / "config.yaml")
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
         raise UserError(
@@ -67,14 +67,26 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
     window = max(1, min(5, len(_training_rows(rows)) // 4))
     changes = _changes(rows, window)
 
-    plot_run(rows, run_dir / "report.png", title=config["name"])
     summary = run_dir / "summary.md"
-    summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+    try:
+        plot_run(
+            rows, run_dir / "report.png", title=config["name"]
+        )  # first: the summary lists the files that there are
+        summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: the report cannot be written there: {error.strerror or error}; copy the run, or make room"
+        ) from error
     _print(console or Console(), run_dir, rows, changes, window)
     return summary
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run left in its directory.
+
+    Raises:
+        UserError: there is none, or it is not YAML.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,25 +138,40 @@ def _summary(
         "",
         "## What was run",
         "",
-        *_markdown_table(("key", "value"), _essentials(config)),
+        *markdown_table(("key", "value"), _essentials(config)),
         "",
         "## First and last",
         "",
         f"Metrics of the first and the last {_steps_text(window)}{', averaged' if window > 1 else ''}; evaluations are "
         "the first and the last one.",
         "",
-        *_markdown_table(
-            ("metric", "first", "last"), [(c.name, _number(c.first), _number(c.last)) for c in changes]
+        *markdown_table(
+            ("metric", "first", "last"), [(c.name, number(c.first), number(c.last)) for c in changes]
         ),
     ]
     stages = _stages(rows)
     if stages:
         total = sum(stages.values()) or 1.0
         table = [(name, f"{seconds:.2f}", f"{seconds / total:.0%}") for name, seconds in stages.items()]
-        lines += ["", "## Seconds per step", "", *_markdown_table(("stage", "seconds", "share"), table)]
+        lines += ["", "## Seconds per step", "", *markdown_table(("stage", "seconds", "share"), table)]
+    lines += _alarm_section(rows)
     lines += _trajectory_section(TrajectoryStore(run_dir / "trajectories"))
     lines += ["", "## Files", "", *(f"- `{name}`" for name in _files(run_dir)), ""]
     return "\n".join(lines)
+
+
+def _alarm_section(rows: list[dict[str, Metric]]) -> list[str]:
+    """When which rule of the alarm fired; nothing where none did."""
+    fired: dict[str, list[int]] = {}
+    for row in rows:
+        for rule in str(row.get("alarm/rules") or "").split(", "):
+            fired.setdefault(rule, []).append(row["step"])
+    fired.pop("", None)
+    table = [(rule, str(steps[0]), str(steps[-1]), str(len(steps))) for rule, steps in fired.items()]
+    if not table:
+        return []
+    header = ("rule", "first step", "last step", "steps")
+    return ["", "## Alarms", "", "Early warnings of a collapse.", "", *markdown_table(header, table)]
 
 
 def _trajectory_section(store: TrajectoryStore) -> list[str]:
@@ -190,7 +217,8 @@ def _files(run_dir: Path) -> list[str]:
     return sorted(names | {"summary.md"})
 
 
-def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [
         f"| {' | '.join(cells)} |"
         for cells in (
@@ -209,7 +237,7 @@ def _print(
     table.add_column(f"first {_steps_text(window)}", justify="right")
     table.add_column(f"last {_steps_text(window)}", justify="right")
     for change in changes:
-        table.add_row(change.name, _number(change.first), _number(change.last))
+        table.add_row(change.name, number(change.first), number(change.last))
     console.print(table)
     for name in ("summary.md", "report.png"):
         console.print(str(run_dir / name), markup=False, highlight=False, soft_wrap=True)
@@ -219,7 +247,8 @@ def _steps_text(window: int) -> str:
     return "step" if window == 1 else f"{window} steps"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A figure of a table."""
     if value and math.isfinite(value) and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -7,9 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gtpo_megatron.errors import UserError
+
 EPILOG = (
     "Examples:\n\n"
     "gtpo-megatron analyse runs/quickstart --html report.html\n\n"
+    "gtpo-megatron analyse runs/gtpo --against runs/grpo --html both.html\n\n"
     "gtpo-megatron analyse DUMP.parquet --tokenizer MODEL_DIR --json"
 )
 
@@ -28,6 +31,14 @@ def analyse(
         Path | None,
         typer.Option(help="Write one self-contained page for a browser.", metavar="FILE", show_default=False),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="On the page, another run or dump beside this one: the same prompts, side by side.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +56,9 @@ def analyse(
     from gtpo_megatron.analysis.analyse import analyse as run_analysis
     from gtpo_megatron.analysis.analyse import print_figures
 
-    figures = run_analysis(paths, tokenizer=tokenizer, trust=trust, html=html)
+    if against is not None and html is None:
+        raise UserError("--against is for the page: add --html FILE")
+    figures = run_analysis(paths, tokenizer=tokenizer, trust=trust, html=html, against=against)
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
     else:

@@ -23,6 +23,8 @@ from gtpo_megatron.commands.evaluate import EPILOG as EVALUATE_EPILOG
 from gtpo_megatron.commands.evaluate import evaluate
 from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
 from gtpo_megatron.commands.plan import plan
+from gtpo_megatron.commands.replay import EPILOG as REPLAY_EPILOG
+from gtpo_megatron.commands.replay import replay
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
@@ -51,6 +53,7 @@ app.command(epilog=ANALYSE_EPILOG)(analyse)
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=PLAN_EPILOG)(plan)
+app.command(epilog=REPLAY_EPILOG)(replay)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
 app.command(epilog=SWEEP_EPILOG)(sweep)
@@ -104,18 +107,43 @@ def train(
     raise typer.Exit(run_training(config))
 
 
-@app.command(epilog="Example: gtpo-megatron report runs/quickstart")
+@app.command(
+    epilog="Examples:\n\n"
+    "gtpo-megatron report runs/quickstart\n\n"
+    "gtpo-megatron report runs/gtpo-seed* runs/grpo-seed* --output runs/gtpo-grpo"
+)
 def report(
-    run_dir: Annotated[
-        Path,
+    run_dirs: Annotated[
+        list[Path],
         typer.Argument(
-            help="The run's directory: <dir>/<name> of its recipe", metavar="RUN_DIR", show_default=False
+            help="Directories of runs: <dir>/<name> of their recipes",
+            metavar="RUN_DIR...",
+            show_default=False,
         ),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of several runs: where comparison.md and comparison.png go. Default: the first run's folder.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Summarise a run: a table here, summary.md and report.png in its directory."""
+    """Summarise a run: a table here, summary.md and report.png in its directory. Several runs are compared.
+
+    Of several runs metrics are overlaid in one plot and table; the seeds of one recipe are shown as mean and band.
+    """
+    from gtpo_megatron.analysis.recipes import compare_runs
     from gtpo_megatron.analysis.report import write_report
 
+    if len(run_dirs) > 1:
+        written = compare_runs(run_dirs, output or run_dirs[0].parent)
+        typer.echo(f"{written}\n{written.with_suffix('.png')}")
+        return
+    if output is not None:
+        raise UserError("--output is for several runs; one run's report goes into its own directory")
+    (run_dir,) = run_dirs
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: no metrics.jsonl there; give a run's directory, e.g. runs/quickstart")
     write_report(run_dir)

@@ -12,7 +12,8 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu, published_shape
 
 if TYPE_CHECKING:
-    from gtpo_megatron.plan.estimate import Candidate, Plan
+    from gtpo_megatron.plan.estimate import Plan
+    from gtpo_megatron.plan.search import Candidate
 
 EPILOG = (
     "Examples:\n\n"
@@ -87,8 +88,9 @@ def _recipe(
     from gtpo_megatron.config.loading import load_recipe
     from gtpo_megatron.plan.checks import read_shape
     from gtpo_megatron.plan.estimate import check_layout, completion_lengths, make_plan
-    from gtpo_megatron.plan.estimate import search as search_layouts
     from gtpo_megatron.plan.layout import smallest_world
+    from gtpo_megatron.plan.search import search as search_layouts
+    from gtpo_megatron.plan.search import smallest_that_fits, splits
 
     gpu = find_gpu(kind)
     config = load_recipe(recipe, settings)
@@ -100,33 +102,44 @@ def _recipe(
     else:
         typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
     gpus = gpus or smallest_world(config.parallel)
-    if config.model.fp8 != "none" and gpu.fp8 is None:
-        raise UserError(f"model.fp8: {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=none")
+    if config.model.fp8.enabled and gpu.fp8 is None:
+        raise UserError(f"model.fp8: {config.model.fp8.format}: {gpu.name} has no FP8; set model.fp8=none")
     console = Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
     if searched:
         candidates = search_layouts(config, shape, gpus, gpu, tokens, efficiency())
         if not candidates:
             raise UserError(f"--gpus {gpus}: no layout stands on it; take a multiple of 8")
+        shared = splits(config, shape, gpus, gpu, tokens, efficiency())
         if as_json:
-            rows = [c.plan.as_dict() | {"reason": c.reason} for c in candidates]
-            typer.echo(json.dumps(rows))
+            typer.echo(json.dumps({"layouts": _dicts(candidates), "splits": _dicts(shared)}))
         else:
             _print_search(candidates, console)
+            _print_splits(shared, gpus, console)
+        if not candidates[0].plan.fits:
+            larger = smallest_that_fits(config, shape, gpus, gpu, tokens, efficiency())
+            raise UserError(_nothing_fits(gpus, larger))
         return
     check_layout(config, shape, gpus)
     made = make_plan(config, shape, gpus, gpu, tokens, efficiency())
-    nearest = None
-    if not made.fits:
-        nearest = next(
-            (c.plan for c in search_layouts(config, shape, gpus, gpu, tokens, efficiency()) if c.plan.fits),
-            None,
-        )
     if as_json:
         typer.echo(json.dumps(made.as_dict()))
     else:
         _print_plan(made, console)
     if not made.fits:
+        nearest = search_layouts(config, shape, gpus, gpu, tokens, efficiency())[0].plan
+        if not nearest.fits:
+            nearest = smallest_that_fits(config, shape, gpus, gpu, tokens, efficiency())
         raise UserError(_does_not_fit(made, nearest))
+
+
+def _dicts(candidates: "list[Candidate]") -> list[dict[str, object]]:
+    return [c.plan.as_dict() | {"reason": c.reason} for c in candidates]
+
+
+def _nothing_fits(gpus: int, larger: "Plan | None") -> str:
+    if larger is None:
+        return f"no layout fits on {gpus} GPUs, nor on twice as many and so on; take GPUs with more memory (--gpu)"
+    return f"no layout fits on {gpus} GPUs; nearest that works: --gpus {larger.gpus}, {layout_name(larger)}"
 
 
 def _does_not_fit(made: "Plan", nearest: "Plan | None") -> str:
@@ -135,8 +148,8 @@ def _does_not_fit(made: "Plan", nearest: "Plan | None") -> str:
         f"does not fit: {worst.total / GIB:.1f} GiB ± {made.uncertainty['memory']:.0%} on a GPU of stage {worst.stage}, "
         f"{made.gpu.name} has {made.gpu.memory / GIB:.1f} GiB"
     )
-    if nearest is None:
-        return f"{text}; no layout fits on {made.gpus} GPUs, take more (--gpus)"
+    if nearest is None or nearest.gpus != made.gpus:
+        return f"{text}; {_nothing_fits(made.gpus, nearest)}"
     return f"{text}; the fastest that does on {made.gpus} GPUs: {layout_name(nearest)}"
 
 
@@ -171,6 +184,7 @@ def _print_plan(made: "Plan", console: Console) -> None:
         seconds.add_row(f"  {name}", f"{value:.3g}")
     seconds.add_row("weight transfer", f"{step.transfer:.3g}")
     seconds.add_row("step" if step.sampling is not None else "step without sampling", f"{step.step:.3g}")
+    seconds.add_row("a checkpoint, beside the step", f"{step.checkpoint:.3g}")
     console.print(seconds)
     servers = ""
     if (server := made.server) is not None:
@@ -206,6 +220,31 @@ def _print_search(candidates: "list[Candidate]", console: Console) -> None:
     console.print(f"{len(fitting)} layouts fit, {len(rest)} do not; --json has them all")
     if fitting:
         console.print(f"the first as overrides: {layout_name(fitting[0].plan)}")
+
+
+def _print_splits(shared: "list[Candidate]", gpus: int, console: Console) -> None:
+    if not shared:
+        return
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    table = Table(
+        *("trainer's GPUs", "servers", *(name.partition("_")[0] for name in names), "recompute"),
+        *("training s", "sampling s", "step s", "why not"),
+        title=f"{gpus} GPUs for trainer and servers together",
+    )
+    for candidate in shared:
+        made = candidate.plan
+        assert made.server is not None
+        table.add_row(
+            str(made.gpus),
+            f"{made.servers} of {made.server.tensor}",
+            *(str(getattr(made.parallel, name) or "-") for name in names),
+            made.recompute,
+            f"{made.step.training.total:.2f}",
+            f"{made.step.sampling:.1f}",
+            f"{made.step.step:.1f}",
+            candidate.reason or "the best",
+        )
+    console.print(table)
 
 
 def _published(path: Path, as_json: bool) -> None:

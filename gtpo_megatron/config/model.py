@@ -1,8 +1,8 @@
 """`model`: the policy."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gtpo_megatron.config.section import Section
 
@@ -30,6 +30,40 @@ class LoraConfig(Section):
     )
 
 
+class Fp8Config(Section):
+    """FP8 matrix products by Transformer Engine; `model.fp8: hybrid` is short for `model.fp8.format: hybrid`.
+
+    The default recipe scales each tensor by its own largest value. It keeps no state: a pass that scores and one that trains
+    give a token the same logprob, and a resumed run goes on exactly. It runs wherever FP8 runs, which block scaling does
+    not. Block scaling with e4m3, as DeepSeek-V3 trained, is for Hopper with a new CUDA, and where the servers' weights are
+    scaled in blocks. Delayed scaling takes scales from earlier passes, and is here for comparison.
+    """
+
+    format: Literal["none", "hybrid", "e4m3"] = Field(
+        "none", description="hybrid: E4M3 forward, gradients in E5M2; e4m3: both in E4M3"
+    )
+    recipe: Literal["tensorwise", "blockwise", "delayed"] = Field(
+        "tensorwise",
+        description="where scales come from: the tensor, its blocks of 128, or earlier passes (delayed)",
+    )
+    first_last_bf16: bool = Field(
+        False, description="the first and the last layer stay in bf16; not with recipe: delayed"
+    )
+    param: bool = Field(
+        False, description="weights of the layers are kept in FP8 too; the optimizer's copy stays in fp32"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format(cls, value: Any) -> Any:
+        return {"format": value} if isinstance(value, str) else value
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any layer computes in FP8."""
+        return self.format != "none"
+
+
 class ModelConfig(Section):
     """The policy: a Hugging Face checkpoint."""
 
@@ -38,9 +72,7 @@ class ModelConfig(Section):
         None, description="tokenizer directory or hub name; the model's own by default"
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="parameter and activation type")
-    fp8: Literal["none", "hybrid", "e4m3"] = Field(
-        "none", description="Transformer Engine FP8 recipe; needs CUDA and bf16"
-    )
+    fp8: Fp8Config = Fp8Config()
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         "auto",
         description="layer implementation: Transformer Engine where it is installed, else Megatron-Core's local layers",

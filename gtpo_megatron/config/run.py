@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from gtpo_megatron.config.alarm import AlarmConfig
 from gtpo_megatron.config.algorithm import AlgorithmConfig
 from gtpo_megatron.config.checkpoint import CheckpointConfig
 from gtpo_megatron.config.data import DataConfig
@@ -34,6 +35,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    alarm: AlarmConfig = AlarmConfig()
 
     @property
     def path(self) -> Path:

@@ -20,7 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gtpo_megatron.machine.probe import FP8_CAPABILITY, INSTALL_TE, transformer_engine_parts
+from gtpo_megatron.machine.probe import (
+    FP8_CAPABILITY,
+    FUSED_WEIGHT_GRADIENT,
+    INSTALL_TE,
+    transformer_engine_parts,
+    transformer_engine_versions,
+)
 
 Status = Literal["ok", "absent", "warning", "error"]
 MARKS: dict[Status, str] = {
@@ -288,13 +294,16 @@ def _transformer_engine() -> Iterator[Finding]:
             f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}",
         )
         return
-    versions = {v for v in (meta, *cores.values(), _version("transformer-engine-torch")) if v}
+    versions = transformer_engine_versions()
     built_for = f"for CUDA {' and '.join(cores)}" if cores else "built from source"
     found = f"{meta or next(iter(cores.values()), '?')}, core {built_for}"
+    if len(set(versions.values())) > 1:
+        listed = ", ".join(f"{part} {version}" for part, version in versions.items())
+        problem = f"parts of different versions ({listed}), which breaks `import megatron.core`"
+        yield Finding(name, "error", problem, source, INSTALL_TE)
+        return
     problem = ""
-    if len({_line(v) for v in versions}) > 1:
-        problem = f"parts of different versions: {', '.join(sorted(versions))}"
-    elif len(cores) > 1:
+    if len(cores) > 1:
         problem = "cores for two CUDA versions: uninstall the one that torch is not built for"
     elif cores and (cuda := _torch_cuda()) and cuda.split(".")[0] not in cores:
         problem = f"its core is for CUDA {next(iter(cores))}, torch is built for CUDA {cuda}"
@@ -314,7 +323,10 @@ def _apex() -> Iterator[Finding]:
     folder, version = _package_folder("apex"), _version("apex")
     if folder is None and version is None:
         yield Finding(
-            "apex", "absent", "not installed; torch's optimizers are used", advice=f"on GPUs: {INSTALL_APEX}"
+            "apex",
+            "absent",
+            "not installed; Adam is Transformer Engine's or torch's, weight gradients are made and then added to their buffer",
+            advice=f"on GPUs: {INSTALL_APEX}",
         )
         return
     source = origin("apex") if version else str(folder)
@@ -324,8 +336,15 @@ def _apex() -> Iterator[Finding]:
     elif importlib.util.find_spec("amp_C") is None:
         found = f"{version or '?'}, NVIDIA's, built without its CUDA extensions"
         yield Finding("apex", "warning", found, source, f"its fused optimizers are missing; {INSTALL_APEX}")
+    elif importlib.util.find_spec(FUSED_WEIGHT_GRADIENT) is None:
+        found = f"{version or '?'}, NVIDIA's, without {FUSED_WEIGHT_GRADIENT}"
+        advice = (
+            f"weight gradients are made, then added to their buffer; with it in one product. {INSTALL_APEX}"
+        )
+        yield Finding("apex", "ok", found, source, advice)
     else:
-        yield Finding("apex", "ok", f"{version or '?'}, NVIDIA's, with CUDA extensions", source)
+        found = f"{version or '?'}, NVIDIA's, with CUDA extensions; weight gradients are added to their buffer by their product"
+        yield Finding("apex", "ok", found, source)
 
 
 def _package_folder(name: str) -> Path | None:

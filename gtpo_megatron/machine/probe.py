@@ -1,11 +1,20 @@
 """What stands under a run: GPUs, and which parts of Transformer Engine are installed. One truth for rules and doctor."""
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with FP8 tensor cores
+# What Transformer Engine's FP8 recipes ask for: compute capability, and the CUDA version that torch is built for.
+FP8_NEEDS = {
+    "tensorwise": (FP8_CAPABILITY, (12, 1)),
+    "delayed": (FP8_CAPABILITY, (12, 1)),
+    "blockwise": ((9, 0), (12, 9)),
+}
+FUSED_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"  # apex's module
 INSTALL_TE = "pip install --no-build-isolation -r requirements/cluster.txt (see the notes there)"
 
 
@@ -42,18 +51,37 @@ def this_machine() -> Machine:
 
 
 def transformer_engine_fault() -> str | None:
-    """What is missing from an incomplete Transformer Engine, and what to do; None where it is whole or not there at all.
+    """What is wrong with a Transformer Engine that cannot be imported, and what to do; None where it is whole or not there.
 
-    Without its core or its PyTorch extension `import megatron.core` fails, whichever layers are asked for.
+    Without its core or its PyTorch extension, or with parts of different versions, `import megatron.core` fails,
+    whichever layers are asked for.
     """
     package, core, extension = transformer_engine_parts()
-    if not package or (core and extension):
+    if not package:
         return None
-    missing = "its compiled core" if not core else "its PyTorch extension (transformer-engine-torch)"
+    versions = transformer_engine_versions()
+    if not core:
+        wrong = "without its compiled core"
+    elif not extension:
+        wrong = "without its PyTorch extension (transformer-engine-torch)"
+    elif len(set(versions.values())) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        wrong = f"in parts of different versions ({listed})"
+    else:
+        return None
     return (
-        f"Transformer Engine is installed without {missing}, which breaks `import megatron.core`: "
+        f"Transformer Engine is installed {wrong}, which breaks `import megatron.core`: "
         f"pip uninstall transformer-engine; or, for GPUs, {INSTALL_TE}"
     )
+
+
+def transformer_engine_versions() -> dict[str, str]:
+    """Versions of those of its packages that are installed from wheels; its own import refuses any difference."""
+    found = {}
+    for part in ("", "-cu12", "-cu13", "-torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[f"transformer-engine{part}"] = metadata.version(f"transformer-engine{part}")
+    return found
 
 
 def transformer_engine_parts() -> tuple[bool, bool, bool]:

@@ -6,11 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from gtpo_megatron.config import DataConfig, ParallelConfig, RewardTerm, RunConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.machine.probe import FP8_CAPABILITY, Machine, this_machine
+from gtpo_megatron.machine.probe import Machine, this_machine
 from gtpo_megatron.plan.absent import Part
 from gtpo_megatron.plan.layout import (
     HFShape,
@@ -20,6 +18,7 @@ from gtpo_megatron.plan.layout import (
     sequence_alignment,
 )
 from gtpo_megatron.plan.lora import lora_problems
+from gtpo_megatron.plan.precision import fp8_settings_problems, precision_problems
 from gtpo_megatron.rewards.terms import check_options, import_function, term_function
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -92,8 +91,8 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
     rollout, server = config.rollout, config.rollout.sglang
     sampled = config.algorithm.name != "sft"
     if rollout.engine == "embedded":
-        for key, value in _changed(server, "rollout.sglang"):
-            yield f"{key}: {value!r} has no effect with rollout.engine: embedded; set rollout.engine: sglang or drop it"
+        for key, value in server.changed():
+            yield f"rollout.sglang.{key}: {value!r} has no effect with rollout.engine: embedded; set rollout.engine: sglang or drop it"
         if rollout.oversample > 1:
             yield (
                 f"rollout.oversample: {rollout.oversample} needs rollout.engine: sglang; "
@@ -154,10 +153,7 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is above training.steps: {config.training.steps}; "
             "the learning rate would never be reached"
         )
-    if config.model.fp8 != "none" and config.model.dtype != "bf16":
-        yield f"model.fp8: {config.model.fp8} needs model.dtype: bf16, not {config.model.dtype}"
-    if config.model.fp8 != "none" and config.model.layers == "local":
-        yield f"model.fp8: {config.model.fp8} needs Transformer Engine's layers, not model.layers: local"
+    yield from fp8_settings_problems(config)
 
 
 def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -227,10 +223,11 @@ def length_problems(config: RunConfig, shape: HFShape) -> Iterator[str]:
     asked = f"data.max_prompt_tokens + rollout.max_new_tokens = {prompt} + {completion} = {longest}"
     if longest > shape.max_positions:
         yield f"{asked}: above the model's {shape.max_positions} positions (max_position_embeddings); lower one of them"
-    alignment = sequence_alignment(config.parallel)
+    alignment = sequence_alignment(config.parallel, fp8=config.model.fp8.enabled)
     padded = -(-longest // alignment) * alignment
     if padded > config.training.micro_batch_tokens:
-        padding = f", padded to {padded} for sequence and context parallelism" if padded != longest else ""
+        reason = "FP8 and the layout" if config.model.fp8.enabled else "sequence and context parallelism"
+        padding = f", padded to {padded} for {reason}" if padded != longest else ""
         yield (
             f"training.micro_batch_tokens: {config.training.micro_batch_tokens} cannot hold the longest sequence: "
             f"{asked}{padding}"
@@ -242,38 +239,6 @@ def length_problems(config: RunConfig, shape: HFShape) -> Iterator[str]:
                 f"evaluation.data.max_prompt_tokens + new tokens = {evaluation.max_prompt_tokens} + {new}: "
                 f"above the model's {shape.max_positions} positions (max_position_embeddings)"
             )
-
-
-def precision_problems(config: RunConfig, shape: HFShape, machine: Machine) -> Iterator[str]:
-    """Number formats and layers that this machine cannot run."""
-    if machine.engine_fault:
-        yield machine.engine_fault
-    fp8 = config.model.fp8
-    wants = [("model.fp8", fp8)] if fp8 != "none" else []
-    if config.model.layers == "transformer_engine":
-        wants.append(("model.layers", "transformer_engine"))
-    for key, value in wants:
-        if not machine.transformer_engine:
-            yield f"{key}: {value} needs Transformer Engine, which is not installed here (see gtpo-megatron doctor)"
-        if machine.cuda_capability is None:
-            yield f"{key}: {value} needs a CUDA GPU; there is none here"
-    if fp8 == "none":
-        return
-    if machine.cuda_capability is not None and machine.cuda_capability < FP8_CAPABILITY:
-        major, minor = machine.cuda_capability
-        yield f"model.fp8: {fp8} needs compute capability 8.9 or higher (Ada, Hopper); this GPU has {major}.{minor}"
-    sizes = {
-        "hidden size": shape.hidden,
-        "attention width per rank": shape.heads * shape.head_dim // config.parallel.tensor,
-    }
-    width = (
-        shape.expert_ffn // expert_tensor_size(config.parallel)
-        if shape.experts
-        else shape.ffn // config.parallel.tensor
-    )
-    for what, size in (sizes | {"MLP width per rank": width}).items():
-        if size % 16:
-            yield f"model.fp8: {fp8} needs matrix sizes that are multiples of 16; {what} is {size}"
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -422,14 +387,6 @@ def _import_reason(path: str, error: Exception) -> str:
     if isinstance(error, TypeError) and module in sys.modules:
         return f"{name} is not callable"
     return f"{module} does not import: {type(error).__name__}: {error}"
-
-
-def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Keys of a section whose value is not the default."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if value != field.default:
-            yield f"{prefix}.{name}", value
 
 
 def _indivisible(key: str, value: int, what: str, size: int, least: int = 1) -> str:

@@ -1,7 +1,7 @@
-"""The plan of a recipe: what a GPU holds and what a step takes, and the layouts of a number of GPUs beside each other."""
+"""The plan of a recipe: what a GPU holds and what a step takes."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -11,7 +11,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import batch_problems, layout_problems
 from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
-from gtpo_megatron.plan.memory import GIB, RankMemory, smallest_server, training_memory
+from gtpo_megatron.plan.memory import RankMemory, smallest_server, training_memory
 from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
 from gtpo_megatron.plan.time import (
     UNCERTAINTY,
@@ -35,6 +35,7 @@ class StepPlan:
     scoring: float
     sampling: float | None
     transfer: float
+    checkpoint: float  # of one that is saved; not part of `step`
     step: float
     tokens: float  # prompts included
     flop_share: float  # model FLOP utilisation while training
@@ -84,6 +85,7 @@ class Plan:
                 "training": step.training.total,
                 "scoring": step.scoring,
                 "transfer": step.transfer,
+                "checkpoint": step.checkpoint,
                 "training_by_cause": asdict(step.training),
             },
             "limit": step.training.limit,
@@ -174,18 +176,17 @@ def make_plan(
     reached: Efficiency,
     *,
     sampling: float | None = None,
+    serving: int | None = None,
 ) -> Plan:
     """The plan of a recipe on `gpus` trainer GPUs; servers as the recipe starts them, or as many GPUs as the trainer has.
 
-    `sampling` are seconds that are known already, for plans that differ in the trainer alone.
+    `sampling` are seconds that are known already, for plans that differ in the trainer alone. `serving`: GPUs of the servers,
+    whatever the recipe says of them.
     """
-    completions = config.rollout.prompts_per_step * config.rollout.group_size
-    if config.algorithm.name == "sft":
-        completions = config.training.sft_batch_size
-    work = packed_work(config, gpus, lengths, completions, reached)
-    tensor, servers = server_shape(config, shape, gpus, gpu)
+    work = packed_work(config, gpus, lengths, _sequences(config), reached)
+    tensor, servers = server_shape(config, shape, gpus, gpu, serving)
     if sampling is None:
-        sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached)
+        sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached, serving)
     step = _step(config, shape, gpus, gpu, work, sampling, reached)
     uncertainty = {
         "memory": UNCERTAINTY["memory"],
@@ -205,13 +206,18 @@ def make_plan(
     )
 
 
-def server_shape(config: RunConfig, shape: HFShape, gpus: int, gpu: GPU) -> tuple[int, int]:
-    """GPUs of a server, and servers: the recipe's own, or of servers by URL the smallest that fit, on as many GPUs as the trainer."""
+def server_shape(
+    config: RunConfig, shape: HFShape, gpus: int, gpu: GPU, serving: int | None = None
+) -> tuple[int, int]:
+    """GPUs of a server, and servers: the recipe's own, or of servers by URL the smallest that fit, on as many GPUs as the trainer.
+
+    On `serving` GPUs there are as many as fit; none where that is fewer than a server takes.
+    """
     sglang = config.rollout.sglang
     if config.rollout.engine != "sglang" or config.algorithm.name == "sft":
         return 0, 0
     if not (sglang.urls or sglang.urls_file):
-        return sglang.tensor, sglang.servers
+        return sglang.tensor, sglang.servers if serving is None else serving // sglang.tensor
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tensor = smallest_server(shape, gpu, longest)
     if not tensor:
@@ -219,16 +225,26 @@ def server_shape(config: RunConfig, shape: HFShape, gpus: int, gpu: GPU) -> tupl
             f"no server of up to {4 * gpu.node} {gpu.name} holds the model and eight sequences of {longest} tokens; "
             "lower rollout.max_new_tokens or take a GPU with more memory (--gpu)"
         )
-    return tensor, max(1, len(sglang.urls) or gpus // max(1, tensor))
+    if serving is not None:
+        return tensor, serving // tensor
+    return tensor, max(1, len(sglang.urls) or gpus // tensor)
 
 
 def sampled_seconds(
-    config: RunConfig, shape: HFShape, gpus: int, gpu: GPU, lengths: Sequence[float], reached: Efficiency
+    config: RunConfig,
+    shape: HFShape,
+    gpus: int,
+    gpu: GPU,
+    lengths: Sequence[float],
+    reached: Efficiency,
+    serving: int | None = None,
 ) -> float | None:
     """Of a step's batch on the servers; None for the embedded engine, whose speed is not modelled, and for SFT."""
-    tensor, servers = server_shape(config, shape, gpus, gpu)
+    tensor, servers = server_shape(config, shape, gpus, gpu, serving)
     if not tensor:
         return None
+    if not servers:
+        raise UserError(f"{serving} GPUs hold no server, which takes {tensor}")
     rollout = config.rollout
     prompt = TYPICAL_PROMPT * config.data.max_prompt_tokens
     asked = round(rollout.prompts_per_step * rollout.group_size * rollout.oversample)
@@ -258,7 +274,7 @@ def packed_work(
         row=row,
         rows=tokens / micro_batches / row,
         micro_batches=micro_batches,
-        precision="bf16" if config.model.fp8 == "none" else "fp8",
+        precision="fp8" if config.model.fp8.enabled else "bf16",
         recompute=config.training.recompute,
         torch_attention=local,
         eager=local,
@@ -297,86 +313,39 @@ def _step(
     overhead = reached.step_overhead_s if sampled else 0.0
     tokens = work.row * work.rows * work.micro_batches * layout.data
     share = tokens * model_flop(model, work.row) / gpus / training.total / gpu.bf16
-    return StepPlan(training, scoring, sampling, transfer, step + overhead, tokens, share)
-
-
-def numbers_of_gpus(parallel: ParallelConfig, shape: HFShape, gpus: int) -> int:
-    """The number of GPUs nearest to `gpus` on which the layout stands."""
-    least = smallest_world(parallel)
-    return max(least, round(gpus / least) * least)
+    written = model.parameters * (14 if config.model.dtype == "bf16" else 12)
+    checkpoint = written / ceil(gpus / gpu.node) / (reached.checkpoint_node_gb_s * 1e9)
+    return StepPlan(training, scoring, sampling, transfer, checkpoint, step + overhead, tokens, share)
 
 
 def check_layout(config: RunConfig, shape: HFShape, gpus: int) -> None:
     """Raise UserError with every rule of the layout that is broken, and the nearest number of GPUs that works."""
-    problems = list(layout_problems(config.parallel, shape, gpus)) or list(batch_problems(config, gpus))
+    problems = _problems(config, shape, gpus)
     if problems:
-        nearest = numbers_of_gpus(config.parallel, shape, gpus)
-        works = not list(layout_problems(config.parallel, shape, nearest))
-        hint = f"\n  nearest that works: --gpus {nearest}" if works and nearest != gpus else ""
+        nearest = nearest_gpus(config, shape, gpus)
+        hint = f"\n  nearest that works: --gpus {nearest}" if nearest else ""
         raise UserError(f"--gpus {gpus}: " + "\n  ".join(problems) + hint)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A layout of a search, and why it is not the first."""
-
-    plan: Plan
-    reason: str
-
-
-def search(
-    config: RunConfig, shape: HFShape, gpus: int, gpu: GPU, lengths: Sequence[float], reached: Efficiency
-) -> list[Candidate]:
-    """Layouts that stand on `gpus` GPUs, best first: those that fit by seconds of training, then those that do not by memory."""
-    sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached)
-    plans = [
-        make_plan(changed, shape, gpus, gpu, lengths, reached, sampling=sampling)
-        for changed in _layouts(config, shape, gpus, gpu)
-    ]
-    fitting = sorted((p for p in plans if p.fits), key=lambda p: (p.step.step, p.step.training.total))
-    rest = sorted((p for p in plans if not p.fits), key=lambda p: p.worst.total)
-    if not fitting:
-        return [Candidate(plan, _too_large(plan)) for plan in rest]
-    best = fitting[0]
-    return [
-        *(Candidate(plan, "" if plan is best else _slower(plan, best)) for plan in fitting),
-        *(Candidate(plan, _too_large(plan)) for plan in rest),
-    ]
+def nearest_gpus(config: RunConfig, shape: HFShape, gpus: int) -> int | None:
+    """The number of GPUs nearest to `gpus` on which the recipe's layout stands and its batch has a sequence for each replica."""
+    parallel, least = config.parallel, smallest_world(config.parallel)
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    most = max(1, _sequences(config) * replica // least)
+    middle = min(most, max(1, round(gpus / least)))
+    for away in range(64):  # a layout that stands on no number of these is wrong in itself
+        for times in (middle - away, middle + away):
+            if 1 <= times <= most and not _problems(config, shape, times * least):
+                return times * least
+    return None
 
 
-def _layouts(config: RunConfig, shape: HFShape, gpus: int, gpu: GPU) -> Iterator[RunConfig]:
-    powers = [2**n for n in range(12)]
-    chunked = [n for n in range(2, 9) if shape.layers % n == 0]
-    for tensor in (n for n in powers if n <= min(gpu.node, gpus)):
-        for pipeline in (n for n in range(1, min(shape.layers, gpus) + 1) if shape.layers % n == 0):
-            for context in (n for n in powers[:4] if tensor * pipeline * n <= gpus):
-                for expert in (n for n in powers if n <= max(1, shape.experts)):
-                    for virtual in (None, *(chunked if pipeline > 1 else [])):
-                        parallel = ParallelConfig(
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            virtual_pipeline=virtual,
-                            context=context,
-                            expert=expert,
-                            sequence=tensor > 1,
-                        )
-                        spread = config.model_copy(update={"parallel": parallel})
-                        if any(layout_problems(parallel, shape, gpus)) or any(batch_problems(spread, gpus)):
-                            continue
-                        for recompute in ("none", "selective", "full"):
-                            training = config.training.model_copy(update={"recompute": recompute})
-                            yield spread.model_copy(update={"training": training})
+def _problems(config: RunConfig, shape: HFShape, gpus: int) -> list[str]:
+    return list(layout_problems(config.parallel, shape, gpus)) or list(batch_problems(config, gpus))
 
 
-def _too_large(plan: Plan) -> str:
-    worst = plan.worst
-    part = max(worst.parts, key=lambda name: worst.parts[name])
-    return f"does not fit; most: {part}, {worst.parts[part] / GIB:.1f} GiB"
-
-
-def _slower(plan: Plan, best: Plan) -> str:
-    mine, theirs = plan.step.training, best.step.training
-    cause = max(vars(mine), key=lambda name: getattr(mine, name) - getattr(theirs, name))
-    more = mine.total - theirs.total
-    worse = getattr(mine, cause) - getattr(theirs, cause)
-    return f"trains {more:.2f} s slower; most of it {cause}: {worse:+.2f} s"
+def _sequences(config: RunConfig) -> int:
+    """Of a step."""
+    if config.algorithm.name == "sft":
+        return config.training.sft_batch_size
+    return config.rollout.prompts_per_step * config.rollout.group_size

@@ -57,6 +57,7 @@ class Efficiency:
     rl_decode: float
     rl_fill: float
     step_overhead_s: float
+    checkpoint_node_gb_s: float
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _find(name: str, table: dict[str, Any], what: str) -> Any:
         return table[key]
     near = get_close_matches(key, table, 1, cutoff=0.5)
     known = ", ".join(dict.fromkeys(entry.name for entry in table.values()))
-    hint = f"; did you mean {table[near[0]].name}?" if near else ""
+    hint = f"; did you mean {table[near[0]].name}?" if near else "."
     raise UserError(f"{what} {name!r} is not known{hint} Known: {known}")
 
 

@@ -5,6 +5,10 @@ from typing import Any
 
 from gtpo_megatron.config import ParallelConfig
 
+# Transformer Engine's layers take multiples of 8 tokens; the product that gives the weight's gradient, where tokens are
+# the inner dimension, takes multiples of 16 (cuBLAS: FP8 operands have leading dimensions of 16 bytes).
+FP8_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class HFShape:
@@ -116,11 +120,17 @@ def stage_layers(layers: int, parallel: ParallelConfig, pipeline_rank: int) -> t
     return tuple(layer for start in starts for layer in range(start, start + size))
 
 
-def sequence_alignment(parallel: ParallelConfig) -> int:
-    """Every sequence is padded to a multiple of this, so that a packed row splits evenly over context and sequence ranks."""
-    return (parallel.tensor if parallel.sequence else 1) * (
-        2 * parallel.context if parallel.context > 1 else 1
-    )
+def sequence_alignment(parallel: ParallelConfig, *, fp8: bool) -> int:
+    """Every sequence is padded to a multiple of this, so that a packed row splits evenly over context and sequence ranks.
+
+    With FP8 each rank's share has a multiple of FP8_TOKENS tokens too.
+    """
+    ranks = parallel.tensor if parallel.sequence else 1
+    if fp8:
+        return (
+            FP8_TOKENS * ranks * parallel.context
+        )  # even shares, as the zigzag of context parallelism needs
+    return ranks * (2 * parallel.context if parallel.context > 1 else 1)
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:

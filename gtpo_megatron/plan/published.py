@@ -57,7 +57,7 @@ def compare(path: Path) -> list[Comparison]:
         UserError: the file cannot be read, or lacks columns.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -115,7 +115,8 @@ def _training(row: Mapping[str, str]) -> tuple[float, float]:
 
 
 def _run(row: Mapping[str, str]) -> tuple[Model, GPU, Layout, Work, Efficiency]:
-    model, gpu, layout = find_model(row["model"]), find_gpu(row["system"]), _layout(row)
+    model, gpu = find_model(row["model"]), find_gpu(row["system"])
+    layout = _layout(row, model)
     rows = _whole(row, "MBS")
     micro_batches = _whole(row, "GBS") / (rows * layout.data)
     if micro_batches < 1:
@@ -150,20 +151,16 @@ def _predict_memory(row: Mapping[str, str]) -> tuple[float, float]:
 
 def _rl_step(row: Mapping[str, str]) -> tuple[float, float]:
     """Sampling, two passes of scoring (old and reference logprobs), training, weight transfer; ahead by one: the slower of two."""
-    model, gpu, layout, reached = (
-        find_model(row["model"]),
-        find_gpu(row["system"]),
-        _layout(row),
-        efficiency(),
-    )
+    model, gpu, reached = find_model(row["model"]), find_gpu(row["system"]), efficiency()
+    layout = _layout(row, model)
     remarks = row["extra"]
-    rollouts = int(_found(r"(\d+) rollouts/step", remarks, "rollouts/step"))
-    mean = float(_found(r"mean total length ([\d.]+)", remarks, "mean total length"))
+    rollouts = _positive(_found(r"(\d+) rollouts/step", remarks, "rollouts/step"), "rollouts/step")
+    mean = float(_found(r"mean total length (\d+(?:\.\d+)?)", remarks, "mean total length"))
     ahead = "1-step off" in remarks
     trainers = layout.gpus // 2 if ahead else layout.gpus
     served = re.search(r"TP,PP=(\d+),(\d+)", remarks)
     precision = _precision(row, gpu)
-    size = int(served[1]) * int(served[2]) if served else layout.tensor
+    size = _positive(served[1], "TP") * _positive(served[2], "PP") if served else layout.tensor
     server = Server(model, gpu, size, weight_bytes=1 if precision == "fp8" else 2)
     longest = _whole(row, "seq_len") - PROMPT
     if not PROMPT < mean < _whole(row, "seq_len"):
@@ -193,9 +190,9 @@ def _scored(work: Work) -> Work:
 
 def _serving(row: Mapping[str, str]) -> tuple[float, float]:
     model, gpu = find_model(row["model"]), find_gpu(row["system"])
-    prompt = int(_found(r"isl (\d+)", row["seq_len"], "seq_len: isl"))
-    completion = int(_found(r"osl (\d+)", row["seq_len"], "seq_len: osl"))
-    concurrency = int(_found(r"(\d+)", row["GBS"], "GBS: concurrency"))
+    prompt = _positive(_found(r"isl (\d+)", row["seq_len"], "seq_len: isl"), "seq_len: isl")
+    completion = _positive(_found(r"osl (\d+)", row["seq_len"], "seq_len: osl"), "seq_len: osl")
+    concurrency = _positive(_found(r"(\d+)", row["GBS"], "GBS: concurrency"), "GBS: concurrency")
     weight_bytes = 1 if _precision(row, gpu) == "fp8" else 2
     server = Server(model, gpu, _whole(row, "TP"), weight_bytes)
     if server.cached_tokens < prompt + completion:
@@ -204,20 +201,26 @@ def _serving(row: Mapping[str, str]) -> tuple[float, float]:
     return rate / server.tensor, UNCERTAINTY["serving"]
 
 
-def _layout(row: Mapping[str, str]) -> Layout:
+def _layout(row: Mapping[str, str], model: Model) -> Layout:
     layout = Layout(
         gpus=_whole(row, "gpus"),
         tensor=_whole(row, "TP", 1),
         pipeline=_whole(row, "PP", 1),
         virtual=_whole(row, "VP", 1),
         context=_whole(row, "CP", 1),
-        expert=_whole(row, "EP", 1),
+        expert=_whole(row, "EP", 1) if model.experts else 1,
         sharded=_whole(row, "FSDP", 0) > 1,
         once_per_node=True,
     )
-    model = layout.tensor * layout.pipeline * layout.context
-    if layout.gpus % model:
-        raise _Unmodelled(f"gpus: {layout.gpus} is not a multiple of TP x PP x CP = {model}")
+    replica = layout.tensor * layout.pipeline * layout.context
+    if layout.gpus % replica:
+        raise _Unmodelled(f"gpus: {layout.gpus} is not a multiple of TP x PP x CP = {replica}")
+    if model.experts % layout.expert:
+        raise _Unmodelled(f"EP: {model.experts} experts do not spread over {layout.expert} ranks")
+    if layout.gpus % (layout.pipeline * layout.expert):
+        raise _Unmodelled(
+            f"gpus: {layout.gpus} is not a multiple of PP x EP = {layout.pipeline * layout.expert}"
+        )
     return layout
 
 
@@ -238,9 +241,15 @@ def _whole(row: Mapping[str, str], column: str, default: int | None = None) -> i
     if text.lower() in ("", "n/a", "na", "-", "none") and default is not None:
         return default
     number = re.match(r"-?\d+(?![.\d])", text)
-    if number is None or int(number[0]) < (default if default is not None else 1):
+    if number is None or not (1 if default is None else default) <= int(number[0]) < 10**9:
         raise _Unmodelled(f"{column}: {text!r} is no number of the kind")
     return int(number[0])
+
+
+def _positive(text: str, what: str) -> int:
+    if not 0 < int(text) < 10**9:
+        raise _Unmodelled(f"{what}: {text} is no number of the kind")
+    return int(text)
 
 
 def _found(pattern: str, text: str, what: str) -> str:

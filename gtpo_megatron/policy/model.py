@@ -1,9 +1,7 @@
 """The policy: a Megatron-Core GPTModel, spread over ranks, with weights from and to Hugging Face by Megatron-Bridge."""
 
 import contextlib
-import copy
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,61 +23,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import adapters, platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
+from gtpo_megatron.policy.mends import bridge as bridge_mends
 
 with platform.importing_bridge():
     from megatron.bridge import AutoBridge
-    from megatron.bridge.models.conversion import model_bridge, param_mapping
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _mend_bridge() -> None:
-    """Faults of Megatron-Bridge that would load or export wrong weights, each only where it is not mended upstream."""
-    mapping = param_mapping.MegatronParamMapping
-    scatter, gather = mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks
-    to_global = model_bridge._megatron_local_name_to_global
-    columns = param_mapping.ColumnParallelMapping
-    split_rows = columns.hf_to_megatron
-
-    def split_padded(self: Any, hf_weights: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        # it pads the model's vocabulary to a multiple of tensor parallelism, and then refuses to split the checkpoint's
-        if hf_weights is not None and self.megatron_param.endswith(_VOCABULARY_PARAMETERS):
-            missing = -hf_weights.size(0) % self.tp_size
-            hf_weights = nn.functional.pad(hf_weights, (0, 0, 0, missing)) if missing else hf_weights
-        return split_rows(self, hf_weights, *args, **kwargs)
-
-    def scatter_contiguous(self: Any, splits: list[Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
-        # it scatters views; gloo sends their memory as it lies, and o_proj and down_proj would load wrong
-        return scatter(self, [s.contiguous() for s in splits] if splits else splits, *args, **kwargs)
-
-    def gather_experts(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        # 0.3.1 reads the expert's number behind ".weight", as grouped experts are named; the local layers
-        # name it in the middle: experts.local_experts.3.linear_fc1.weight
-        alias = copy.copy(self)
-        alias.megatron_param = _LOCAL_EXPERT.sub(r"\2.weight\1", self.megatron_param)
-        return gather(alias, *args, **kwargs)
-
-    def name_experts(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
-        # 0.3.1 renumbers grouped experts alone: each expert-parallel rank would load the first rank's experts
-        result = to_global(models, config, name, *args, **kwargs)
-        local, named = (re.search(r"local_experts\.(\d+)\.", text) for text in (name, result))
-        rank = parallel_state.get_expert_model_parallel_rank()
-        if local is None or rank == 0 or local[1] != named[1]:
-            return result
-        per_rank = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        return result.replace(local[0], f"local_experts.{rank * per_rank + int(local[1])}.")
-
-    mapping.scatter_to_tp_ranks, mapping.gather_from_ep_ranks = scatter_contiguous, gather_experts
-    model_bridge._megatron_local_name_to_global = name_experts
-    columns.hf_to_megatron = split_padded
-
-
-_VOCABULARY_PARAMETERS = ("word_embeddings.weight", "output_layer.weight")
-_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # the same at Hugging Face
-_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.(linear_fc\d)\.weight")
-_mend_bridge()
+_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # names of Hugging Face
+bridge_mends.mend()
 
 
 @dataclass(frozen=True)
@@ -91,6 +47,7 @@ class Policy:
     chunks: list[nn.Module]  # GPTModel in Float16Module (bf16) in DistributedDataParallel (trained policies)
     vocab_size: int  # real vocabulary; the model's may be padded to a multiple of tensor parallelism
     bf16: bool = field(default=False)
+    alignment: int = field(default=1)  # tokens of every sequence are padded to a multiple of it
     peft: Any = None  # what attached LoRA adapters, if they are what is trained
 
     @property
@@ -118,15 +75,16 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Make Megatron's process groups over the world that torch.distributed has."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
-        distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
-    )
+    with platform.gloo_interface():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+            distributed_timeout_minutes=control.STEP_LIMIT.total_seconds() / 60,
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 
@@ -170,13 +128,14 @@ def build_policy(
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)
     bf16 = model.dtype == "bf16"
+    alignment = sequence_alignment(parallel, fp8=model.fp8.enabled)
     if not trained:
         for module in modules:
             module.requires_grad_(False).eval()
-        return Policy(bridge, provider, modules, vocab_size, bf16)
+        return Policy(bridge, provider, modules, vocab_size, bf16, alignment)
     peft = adapters.attach(bridge, modules, model.lora, training.seed) if model.lora else None
     chunks = [_data_parallel(m, provider, training, distributed_optimizer, i) for i, m in enumerate(modules)]
-    return Policy(bridge, provider, chunks, vocab_size, bf16, peft)
+    return Policy(bridge, provider, chunks, vocab_size, bf16, alignment, peft)
 
 
 def _configure(
@@ -196,8 +155,11 @@ def _configure(
     provider.sequence_parallel = parallel.sequence
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     provider.bf16, provider.fp16 = model.dtype == "bf16", False
-    if model.fp8 != "none":
-        provider.fp8, provider.fp8_recipe = model.fp8, "delayed" if model.fp8 == "hybrid" else "tensorwise"
+    if model.fp8.enabled:
+        provider.fp8, provider.fp8_recipe = model.fp8.format, model.fp8.recipe
+        provider.fp8_param = model.fp8.param
+        provider.first_last_layers_bf16 = model.fp8.first_last_bf16
+        provider.num_layers_at_start_in_bf16 = provider.num_layers_at_end_in_bf16 = 1
     # pad the vocabulary no further than tensor parallelism needs; the head masks the padding
     provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.hidden_dropout = provider.attention_dropout = 0.0
@@ -208,6 +170,8 @@ def _configure(
     provider.moe_router_load_balancing_type = "none"
     # the loss arrives normalised over the whole batch: gradients are summed over ranks, never averaged
     provider.calculate_per_token_loss = True
+    # adapters are too small for it to matter, and frozen weights have no buffer
+    provider.gradient_accumulation_fusion = not model.lora and platform.use_fused_weight_gradient()
     provider.attention_softmax_in_fp32 = True
     provider.deterministic_mode = training.deterministic and platform.HAS_CUDA
     if training.recompute == "full":
@@ -231,7 +195,6 @@ def _configure(
 def _without_transformer_engine(provider: Any) -> None:
     """Megatron-Core's local layers, with torch's attention and norms; the fusions need kernels that are not here."""
     provider.transformer_layer_spec = _local_block_spec
-    provider.gradient_accumulation_fusion = False
     provider.masked_softmax_fusion = provider.bias_activation_fusion = provider.bias_dropout_fusion = False
     provider.apply_rope_fusion = provider.persist_layer_norm = provider.cross_entropy_loss_fusion = False
     provider.moe_grouped_gemm = provider.moe_permute_fusion = False
@@ -291,6 +254,7 @@ def _data_parallel(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,  # float64: the layout tests
         overlap_grad_reduce=training.overlap_grad_reduce,
         overlap_param_gather=False,
+        fp8_param_gather=bool(config.fp8 and config.fp8_param and distributed_optimizer),
         check_for_nan_in_grad=False,  # the step checks, skips and counts; an assertion would end the run
     )
     return DistributedDataParallel(config, ddp, module, disable_bucketing=index > 0)

@@ -101,6 +101,11 @@ def make_objective(
     return Objective(loss, REFERENCE_ENTROPY_FLOOR if config.compat == "reference" else None)
 
 
+def entropy_weight(config: AlgorithmConfig) -> float:
+    """gamma: how much the mean entropy counts beside the advantage."""
+    return REFERENCE_GAMMA if config.compat == "reference" else config.gamma
+
+
 def _gtpo(
     config: AlgorithmConfig,
     constants: BatchConstants,
@@ -114,9 +119,9 @@ def _gtpo(
     advantages, prefix, suffix = (
         x[index] for x in (constants.advantages, constants.prefix, constants.suffix)
     )
-    threshold, mode, gamma = config.gate.threshold, config.gate.mode, config.gamma
+    threshold, mode = config.gate.threshold, config.gate.mode
     if config.compat == "reference":
-        mode, gamma = "always", REFERENCE_GAMMA
+        mode = "always"
         if threshold == GateConfig.model_fields["threshold"].default:
             threshold = REFERENCE_THRESHOLD
     mean_entropy = report.completions["entropy"]
@@ -139,7 +144,7 @@ def _gtpo(
         advantages,
         batch.lengths,
         gate,
-        gamma,
+        entropy_weight(config),
         constants.normalizers[index],
         old_logprobs=_padded(batch, batch.old_logprobs),
     )

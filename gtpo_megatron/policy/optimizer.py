@@ -51,6 +51,7 @@ def build_optimizer(config: OptimizerConfig, policy: Policy, steps: int) -> Opti
             bf16=policy.bf16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
+            fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
         ),
         policy.chunks,
     )

@@ -1,8 +1,8 @@
-"""The machine: everything that differs between CUDA and a CPU stands in this module, and nowhere else.
+"""The machine: everything that differs between CUDA and a CPU is decided in this module, and nowhere else.
 
-With CUDA, `install()` does nothing. Without, Megatron-Core runs unchanged on gloo once the few places where it takes CUDA
-for granted are led to the CPU: literal ``device="cuda"`` arguments, streams and events, the device's random generator,
-tensor type strings, and three bugs of its paths without Transformer Engine. Each redirection says what needs it.
+With Transformer Engine and a GPU, `install()` changes nothing. Without Transformer Engine it mends what Megatron-Core's
+paths without it miss (`policy/mends`), and without CUDA it leads what takes a GPU for granted to the CPU
+(`policy/without_cuda.py`).
 """
 
 import contextlib
@@ -12,17 +12,15 @@ import logging
 import os
 import resource
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 from unittest.mock import MagicMock
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
-from gtpo_megatron import control
+from gtpo_megatron import control, network
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine import probe
 
@@ -100,6 +98,24 @@ def use_transformer_engine(wanted: Literal["auto", "local", "transformer_engine"
     return chosen
 
 
+def use_fused_weight_gradient() -> bool:
+    """Whether the product that gives a weight's gradient adds it to the gradient buffer itself; said in the log on GPUs.
+
+    It saves the gradient's own tensor and a pass over it. Megatron-Core does it by apex's kernel, and Transformer Engine's
+    layers by their own; both only where apex's is found, because Megatron-Core's output layer cannot be built otherwise.
+    """
+    if not HAS_CUDA:
+        return False
+    found = importlib.util.find_spec(probe.FUSED_WEIGHT_GRADIENT) is not None
+    log.info(
+        "weight gradients are %s (apex's %s is %s)",
+        "added to their buffer by the product itself" if found else "made, then added to their buffer",
+        probe.FUSED_WEIGHT_GRADIENT,
+        "installed" if found else "not installed",
+    )
+    return found
+
+
 def use_deterministic_kernels() -> None:
     """Let Transformer Engine take deterministic attention kernels alone. Call before its layers are built.
 
@@ -130,144 +146,15 @@ def install() -> None:
     # `gtpo-megatron doctor` says what is missing; megatron would say it on every rank of every start
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    if HAS_CUDA:
+    if has_transformer_engine():
         return
-    _redirect_streams()
-    _redirect_random_state()
-    _stand_in_for_paged_stash()
-    CudaToCpu().__enter__()  # for the life of the process
-    _mend_moe()
-    _mend_distributed_optimizer()
+    from gtpo_megatron.policy import without_cuda
+    from gtpo_megatron.policy.mends import core
 
-
-class CudaToCpu(TorchFunctionMode):
-    """Lead literal CUDA devices in torch calls to the CPU."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # DistributedDataParallel and the optimizer compare with "torch.cuda.FloatTensor" and the like
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if _names_cuda(kwargs.get("device")):
-            kwargs = kwargs | {"device": _CPU}
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if kwargs.get("pin_memory"):
-            kwargs = kwargs | {"pin_memory": False}
-        return func(*args, **kwargs)
-
-
-def _names_cuda(value: Any) -> bool:
-    return (isinstance(value, str) and value.startswith("cuda")) or (
-        isinstance(value, torch.device) and value.type == "cuda"
-    )
-
-
-class _NullStream:
-    """A stream or event on a device whose work is done when a call returns."""
-
-    cuda_stream = 0
-    device = _CPU
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
-
-    wait = wait_stream = wait_event = synchronize = record = _nothing
-
-    def record_event(self, *args: Any) -> "_NullStream":
-        return self
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        return 0.0
-
-
-def _redirect_streams() -> None:
-    stream = _NullStream()
-    torch.cuda.current_device = lambda: _CPU
-    torch.cuda.synchronize = lambda *a, **k: None
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *a, **k: stream
-    torch.cuda.stream = lambda s: contextlib.nullcontext()
-    torch.cuda.Stream = torch.cuda.Event = _NullStream
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *a, **k: None
-
-
-def _redirect_random_state() -> None:
-    """Let "the device's generator" be the default CPU generator."""
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-    import megatron.core.tensor_parallel.random as megatron_random
-
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
-        state
-    )
-    # the generator it warns about is the same one here
-    logging.getLogger(megatron_random.__name__).addFilter(
-        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-    )
-
-
-def _stand_in_for_paged_stash() -> None:
-    """megatron-core >= 0.17 imports Triton through this one module even where no kernel of it is called."""
-    name = "megatron.core.transformer.moe.ops.paged_stash"
-    if importlib.util.find_spec("triton") is not None or name in sys.modules:
-        return
-    module = types.ModuleType(name)
-
-    def missing(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the paged stash of megatron-core's MoE layers needs triton")
-
-    def getattribute(attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return missing
-
-    module.__getattr__ = getattribute  # type: ignore[method-assign]
-    sys.modules[name] = module
-
-
-def _mend_moe() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1 reads a name that it only defines with Transformer Engine
-
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # split sizes must become host integers; upstream converts only what is_cuda
-        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-
-
-def _mend_distributed_optimizer() -> None:
-    """torch's AdamW keeps a step per parameter, which upstream restores elsewhere and then misses here."""
-    import megatron.core.optimizer.distrib_optimizer as module
-
-    if module.HAVE_APEX_OR_TE:
-        return
-    original = module.DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        if "step" not in tensors:
-            group, order = self.model_param_group_index_map[model_param]
-            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-            if "step" in state:
-                state["step"] = state[
-                    "step"
-                ].clone()  # upstream shares one step tensor between all parameters
-                tensors = {**tensors, "step": state["step"]}
-        original(self, model_param, tensors)
-
-    module.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    core.stand_in_for_paged_stash()  # before anything imports what needs it
+    if not HAS_CUDA:
+        without_cuda.install()
+    core.mend()
 
 
 @contextlib.contextmanager
@@ -313,8 +200,25 @@ def init_process_group() -> None:
     if HAS_CUDA:
         bound = torch.cuda.device_count() == 1
         torch.cuda.set_device(0 if bound else int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
-    else:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
-    control.group()
+    with gloo_interface():
+        if _launched():
+            dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
+        else:
+            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+        control.group()
+
+
+def gloo_interface() -> contextlib.AbstractContextManager[None]:
+    """For the making of process groups: gloo is to take the network interface by which this rank reaches the others.
+
+    Where the machines of a world call their master by a loopback address, it is left to find one by itself.
+    """
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1") if _launched() else "127.0.0.1"
+    alone = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE") or not _launched()
+    if not alone and network.is_loopback(network.own_address(master)):
+        return contextlib.nullcontext()
+    return network.gloo_towards(master)
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from gtpo_megatron import control
 from gtpo_megatron.config import AlgorithmConfig, ParallelConfig
-from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
 from gtpo_megatron.policy.collective import for_rank_zero
@@ -46,19 +45,22 @@ class PassResult:
     loss: float
     completions: CompletionStatistics
     sums: dict[str, float]  # over the whole batch
+    tokens: dict[str, list[np.ndarray]] | None = (
+        None  # [L] of each completion, on rank 0, where they were asked for
+    )
 
 
 def pack(
-    trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int, pad_id: int = 0
+    policy: Policy, trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of a batch that every rank has; the same number on every data-parallel rank."""
-    plan = _plan(trajectories, parallel, token_budget)
+    """This rank's micro-batches, for `policy`, of a batch that every rank has; equally many on every data-parallel rank."""
+    plan = _plan(policy, trajectories, parallel, token_budget)
     own = plan.micro_batches[parallel_state.get_data_parallel_rank()]
-    return _micro_batches(trajectories, own, parallel, pad_id)
+    return _micro_batches(policy, trajectories, own, parallel)
 
 
 def deal(
-    trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int, pad_id: int = 0
+    policy: Policy, trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int
 ) -> tuple[BatchTable, list[MicroBatch]]:
     """The table of the batch that rank 0 has, and this rank's micro-batches as `pack` makes them. Collective.
 
@@ -68,39 +70,40 @@ def deal(
     replicas = control.gather_to_zero(parallel_state.get_data_parallel_rank())
 
     def shares() -> list[Share]:
-        return shares_of(trajectories, _plan(trajectories, parallel, token_budget))
+        return shares_of(trajectories, _plan(policy, trajectories, parallel, token_budget))
 
     of_replica = for_rank_zero(shares)
     own = control.scatter(None if of_replica is None else [of_replica[replica] for replica in replicas])
     table = control.broadcast_from_zero(for_rank_zero(lambda: BatchTable.of(trajectories)))
-    return table, _micro_batches(own.rows(), own.micro_batches, parallel, pad_id)
+    return table, _micro_batches(policy, own.rows(), own.micro_batches, parallel)
 
 
-def _plan(trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int) -> PackingPlan:
+def _plan(
+    policy: Policy, trajectories: Sequence[Trajectory], parallel: ParallelConfig, token_budget: int
+) -> PackingPlan:
     return plan_micro_batches(
         [len(t.prompt_ids) for t in trajectories],
         [t.length for t in trajectories],
         token_budget=token_budget,
         data_parallel=parallel_state.get_data_parallel_world_size(),
-        alignment=sequence_alignment(parallel),
+        alignment=policy.alignment,
         micro_batches_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
     )
 
 
 def _micro_batches(
+    policy: Policy,
     rows: Sequence[Trajectory] | Mapping[int, Row],
     micro_batches: Sequence[Sequence[int]],
     parallel: ParallelConfig,
-    pad_id: int,
 ) -> list[MicroBatch]:
     return [
         make_micro_batch(
             rows,
             indices,
-            alignment=sequence_alignment(parallel),
+            alignment=policy.alignment,
             context_size=parallel.context,
             context_rank=parallel_state.get_context_parallel_rank(),
-            pad_id=pad_id,
             device=platform.device(),
         )
         for indices in micro_batches
@@ -191,7 +194,7 @@ def token_logprobs(
 ) -> list[np.ndarray]:
     """Logprobs of every token of every completion, on every rank: for certificates and inspection, not for training."""
     micro_batches = with_logprobs(
-        policy, pack(trajectories, parallel, token_budget), "old_logprobs", temperature=temperature
+        policy, pack(policy, trajectories, parallel, token_budget), "old_logprobs", temperature=temperature
     )
     own: list[tuple[int, int, float]] = []
     if (

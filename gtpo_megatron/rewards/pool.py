@@ -17,12 +17,13 @@ from typing import Self
 
 from gtpo_megatron.config import RewardConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.processes import kill_group
 
 Item = tuple[str, str, str]  # completion text, reference answer, question
 
 _log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 300.0  # a loaded machine can take a minute to import a user's verifier
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from gtpo_megatron.rewards.worker import main; main(int(sys.argv[1]))"
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from gtpo_megatron.rewards.worker import main; main(*map(int, sys.argv[2:]))"
 _DIFFERENT_WARNINGS = 20  # a verifier may put the completion into its error
 _RESERVED = ("mean", "std", "failed")  # metrics of the whole reward
 
@@ -178,10 +179,11 @@ class _Worker:
                 sys.executable,
                 "-c",
                 _START,
-                str(theirs.fileno()),
                 json.dumps([path or os.getcwd() for path in sys.path]),
+                str(theirs.fileno()),
+                str(os.getpid()),
             ],
-            stdin=subprocess.PIPE,  # never written: its end tells the worker that we died
+            stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,  # a group to kill, and no Ctrl-C from the terminal
         )
@@ -210,16 +212,12 @@ class _Worker:
 
     def stop(self) -> None:
         """Kill the process and its children."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it ended by itself
+        kill_group(self._process.pid)
 
     def kill(self) -> None:
         """Kill, reap, and free the connection, which nobody may be using."""
         self.stop()
         self._process.wait()
-        self._process.stdin.close()
         self._connection.close()
 
     def _receive(self, timeout_s: float) -> tuple[str, object]:

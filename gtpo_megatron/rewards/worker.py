@@ -1,14 +1,13 @@
 """A scoring process: reads (completion, answer, question), answers ("ok", {term: value}) or ("error", text)."""
 
 import math
-import os
 import signal
-import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from gtpo_megatron.processes import end_with
 from gtpo_megatron.rewards.terms import Term, load_term
 
 Reply = tuple[str, Any]
@@ -18,15 +17,16 @@ STOP_SIGNALS = (
 )  # Slurm sends them to every process of a step, not to its ranks alone
 
 
-def main(fd: int) -> None:
+def main(fd: int, owner: int) -> None:
     """Load the terms that the parent sends, say ("ready", None) or ("error", text), then score until it hangs up.
 
     Args:
-        fd: of a `multiprocessing` connection to the parent. Standard input is a pipe that ends when the parent dies.
+        fd: of a `multiprocessing` connection to the parent.
+        owner: process id of the parent, with whose death this process ends, its children included.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _leave_to_parent)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=end_with, args=(owner,), daemon=True).start()
     connection = Connection(fd)
     terms: dict[str, Term] = {}
     for name, kind, function, options in connection.recv():
@@ -66,8 +66,3 @@ def _describe(error: BaseException) -> str:
 
 def _leave_to_parent(number: int, _: Any) -> None:
     """The parent finishes its step first, and ends this process. A handler, for a verifier's children would inherit SIG_IGN."""
-
-
-def _die_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # the whole group: a verifier may have children

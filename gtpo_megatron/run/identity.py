@@ -10,7 +10,17 @@ from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.errors import UserError
 
 # a resumed run may change these; anything else would make it another run
-RESUMABLE = {"dir", "training", "checkpoint", "logging", "evaluation", "parallel", "rollout", "optimizer"}
+RESUMABLE = {
+    "dir",
+    "training",
+    "checkpoint",
+    "logging",
+    "evaluation",
+    "parallel",
+    "rollout",
+    "optimizer",
+    "alarm",
+}
 FIXED = {
     "training": ("seed", "sft_batch_size"),
     "rollout": (

@@ -1,6 +1,7 @@
 """The run's metrics: JSON lines always, TensorBoard and wandb by option. Written by one process."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -12,6 +13,7 @@ from gtpo_megatron.config import LoggingConfig
 from gtpo_megatron.errors import UserError
 
 Metric = float | int | bool | str | None
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -32,6 +34,7 @@ class MetricsWriter:
         self._config = config
         self._wandb = _start_wandb(self._run_dir, config) if config.wandb else None
         self._tensorboard = None
+        self._draws = config.tensorboard
         self._purge_step: int | None = None
         _drop_partial_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
@@ -54,8 +57,16 @@ class MetricsWriter:
         self._file.write(f"{json.dumps(line, allow_nan=False)}\n")
         self._file.flush()
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        if self._config.tensorboard:
-            self._log_tensorboard(step, numbers)
+        if self._draws:
+            try:
+                self._log_tensorboard(step, numbers)
+            except OSError as error:  # the record is metrics.jsonl; a run does not end for its curves
+                self._draws = False
+                log.warning(
+                    "%s: cannot be written (%s): no more curves; metrics.jsonl has all figures",
+                    self._run_dir / "tensorboard",
+                    error.strerror or error,
+                )
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 

@@ -32,6 +32,7 @@ from gtpo_megatron.rewards.pool import RewardPool
 from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solutions
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
+from gtpo_megatron.run.alarm import AlarmWatch
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
@@ -145,9 +146,11 @@ class Run:
 
     def _open_record(self) -> None:
         self.metrics: MetricsWriter | None = None
+        self.alarm: AlarmWatch | None = None  # on rank 0
         if self.main:
             self.metrics = self._stack.enter_context(MetricsWriter(self.path, self.config.logging))
             self.metrics.truncate_after(self.step if self.step else -1)
+            self.alarm = AlarmWatch(self.config.alarm, read_metrics(self.metrics.path))
         self.progress: RunProgress = self._stack.enter_context(
             RunProgress(self.config.training.steps, self.config.logging.progress, self.step, self.main)
         )
@@ -261,7 +264,7 @@ class Run:
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
-        bound = bound or default_bound(config.model.dtype, config.model.fp8 != "none")
+        bound = bound or default_bound(config.model.dtype, config.model.fp8.enabled)
 
         def compare() -> dict[str, float]:
             if self.engine is None:
@@ -375,6 +378,6 @@ def _raise(error: UserError | None) -> None:
 
 def longest_sequence(config: RunConfig) -> int:
     """Tokens of a prompt and its completion that the model's positions and a micro-batch, padding included, can hold."""
-    alignment = sequence_alignment(config.parallel)
+    alignment = sequence_alignment(config.parallel, fp8=config.model.fp8.enabled)
     within_batch = config.training.micro_batch_tokens // alignment * alignment
     return min(within_batch, read_shape(config.model.path).max_positions)

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
+from gtpo_megatron.processes import kill_group
 from gtpo_megatron.run.metrics import read_metrics
 
 POLL_S = 0.01
@@ -181,10 +181,7 @@ class Training:
 
     def kill(self) -> None:
         """SIGKILL its whole process group, and wait until it is gone."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_group(self._process.pid)
         self._process.wait()
 
     def _tail(self) -> str:

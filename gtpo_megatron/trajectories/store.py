@@ -57,6 +57,11 @@ class TrajectoryStore:
         self._directory = Path(directory)
         self._cleaned = False
 
+    @property
+    def directory(self) -> Path:
+        """Where the files lie."""
+        return self._directory
+
     def path(self, step: int) -> Path:
         """The file of a step."""
         return self._directory / f"step-{step:08d}.parquet"
@@ -80,21 +85,11 @@ class TrajectoryStore:
             UserError: the file cannot be written (disk full, quota, no permission); nothing of it is left then.
         """
         path = self.path(step)
-        temporary = path.with_name(f".{path.name}.tmp")
         content = _serialise(step, trajectories, notes or {})
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_directory(self._directory)
+            write_whole(path, content)
         except OSError as error:
             raise UserError(
                 f"{path}: the trajectories of step {step} cannot be written: {error.strerror}; {content.size / 2**20:.1f} MiB "
@@ -144,9 +139,25 @@ class TrajectoryStore:
     def _remove_leftovers(self) -> None:
         # Only by a writer: a report that runs beside the training must not take its file away.
         if not self._cleaned:
-            for leftover in self._directory.glob(".step-*.parquet.tmp"):
-                leftover.unlink(missing_ok=True)
+            for kind in ("step", "seen"):
+                for leftover in self._directory.glob(f".{kind}-*.parquet.tmp"):
+                    leftover.unlink(missing_ok=True)
             self._cleaned = True
+
+
+def write_whole(path: Path, content: pa.Buffer) -> None:
+    """Write a file under another name, and rename it when it is on the disk; nothing is left of one that fails (OSError)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def _check_step(path: Path, step: int, metadata: Mapping[bytes, bytes] | None, rows: list[int]) -> None:
@@ -164,7 +175,7 @@ def _serialise(step: int, trajectories: Sequence[Trajectory], notes: Mapping[str
     for name, kind in _SCALARS.items():
         columns[name] = pa.array([getattr(trajectory, name) for trajectory in trajectories], kind)
     for name, (kind, dtype) in _ARRAYS.items():
-        columns[name] = _list_array([getattr(trajectory, name) for trajectory in trajectories], kind, dtype)
+        columns[name] = list_array([getattr(trajectory, name) for trajectory in trajectories], kind, dtype)
     for term in sorted({term for trajectory in trajectories for term in trajectory.reward_terms}):
         values = [trajectory.reward_terms.get(term) for trajectory in trajectories]
         columns[f"{_TERM}{term}"] = pa.array(values, pa.float64())
@@ -176,7 +187,8 @@ def _serialise(step: int, trajectories: Sequence[Trajectory], notes: Mapping[str
     return sink.getvalue()
 
 
-def _list_array(arrays: list[NDArray], kind: pa.DataType, dtype: type[np.generic]) -> pa.Array:
+def list_array(arrays: list[NDArray], kind: pa.DataType, dtype: type[np.generic]) -> pa.Array:
+    """A column of lists."""
     offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
     values = np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, kind, from_pandas=False))

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.analysis.analyse import analyse
-from gtpo_megatron.analysis.findings import diversity, repetition
+from gtpo_megatron.analysis.findings import diversity
 from gtpo_megatron.commands.cli import main
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.trajectories.analysis import repetition
+from gtpo_megatron.trajectories.seen import Seen, write_seen
+from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.analysis import dumps
 from tests.tiny_models import tiny_tokenizer
 
@@ -56,6 +59,28 @@ def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
     assert figures["staleness"] == {"mean": 1.0, "max": 1.0}
     assert figures["reward_terms"]["means"] == [pytest.approx(0.6)]
     assert figures["entropy"]["filter_active"] is None
+
+
+def test_what_training_saw_is_read_with_the_batch(tmp_path: Path) -> None:
+    store = TrajectoryStore(dumps.ours(tmp_path) / "trajectories")
+    assert any("what training saw" in lack for lack in analyse([tmp_path])["lacks"])
+    batch = store.read(dumps.STEP)
+    entropies = [np.full(t.length, 0.25 + t.index, np.float32) for t in batch]
+    numbers = {name: np.zeros(len(batch), np.float32) for name in ("gap", "gap_max", "coefficient")}
+    seen = Seen(
+        entropy=np.array([e.mean() for e in entropies]),
+        gate=np.array([1, 0, 1, 1, 0], np.float32),
+        entropies=entropies,
+        **numbers,
+    )
+    write_seen(store.directory, dumps.STEP, batch, seen)
+    figures = analyse([tmp_path], html=tmp_path / "page.html")
+    assert figures["by_step"][0]["entropy"] == pytest.approx(float(seen.entropy.mean()))
+    assert figures["by_step"][0]["gate_pass"] == pytest.approx(3 / 5)
+    assert [lack for lack in figures["lacks"] if "logging.seen logprobs" in lack]
+    # of a batch that was sampled again afterwards nothing is known
+    store.write(dumps.STEP, batch[:3])
+    assert analyse([tmp_path])["by_step"][0]["gate_pass"] is None
 
 
 def test_entropy_from_a_runs_metrics(tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gtpo_megatron.analysis import html
 from gtpo_megatron.analysis.analyse import analyse
+from gtpo_megatron.commands.cli import main
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.analysis import dumps
 from tests.tiny_models import tiny_tokenizer
+from tests.trajectories.test_store import trajectory
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 CHROMIUM = shutil.which("chromium")
@@ -139,3 +143,77 @@ def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     )  # the hostile text, in both completions
     assert "&lt;img src=x onerror=" in body  # the prompt, as text
     assert int(re.search(r'data-wide="(\d+)"', done.stdout)[1]) <= width
+
+
+def run_with_a_spike(folder: Path, scale: float, spike: int = 9) -> Path:
+    """Twelve steps of one group, whose gradient norm stands out once; the fourth completion is behind it."""
+    store = TrajectoryStore(folder / "trajectories")
+    for step in range(12):
+        advantages = [0.1, -0.1, 0.1, 3.0 if step == spike else -0.1]
+        batch = [
+            trajectory(
+                step=step,
+                index=index,
+                token_ids=np.array([5 + index, 6, 7], np.int32),
+                logprobs=np.full(3, -scale, np.float32),
+                advantage=advantage,
+                reward=advantage,
+            )
+            for index, advantage in enumerate(advantages)
+        ]
+        store.write(step, batch)
+    rows = [
+        {"step": step + 1, "time": 0.0, "loss": 0.1, "grad_norm": 50.0 if step == spike else 1.0 + step % 3}
+        for step in range(12)
+    ]
+    dumps.write_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def test_two_runs_on_one_page(tmp_path: Path) -> None:
+    ours, other = run_with_a_spike(tmp_path / "ours", 0.5), run_with_a_spike(tmp_path / "other", 1.5)
+    figures = analyse([ours], html=tmp_path / "page.html", against=other)
+    assert figures["completions"] == 48  # of the first alone
+    assert figures["by_step"][9]["metrics"]["grad_norm"] == 50.0
+    page = Scripts((tmp_path / "page.html").read_text(encoding="utf-8"))
+    summary = json.loads(page.scripts["summary"])
+    assert summary["other"]["title"] == "other" and len(summary["other"]["by_step"]) == 12
+    assert [p.get("side", 0) for p in summary["parts"]] == [0] * 12 + [1] * 12
+    key = page.part(3)["groups"][0]["key"]
+    assert key and [p["keys"] for p in summary["parts"][12:]] == [[key]] * 12
+    assert page.part(3)["groups"][0]["c"][0]["lp"] == [-50] * 3
+    assert page.part(15)["groups"][0]["c"][0]["lp"] == [-150] * 3
+
+
+def test_against_needs_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = str(dumps.ours(tmp_path / "run"))
+    with pytest.raises(SystemExit) as ended:
+        main(["analyse", run_dir, "--against", run_dir])
+    assert ended.value.code == 2 and "add --html FILE" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here (tools/setup_browser.sh): the page's program is only read"
+)
+def test_a_spike_leads_to_the_completion_behind_it(tmp_path: Path) -> None:
+    ours, other = run_with_a_spike(tmp_path / "ours", 0.5), run_with_a_spike(tmp_path / "other", 1.5, spike=2)
+    page = tmp_path / "page.html"
+    analyse([ours], html=page, against=other)
+    click = """<script>setTimeout(() => {
+      const spike = [...document.querySelectorAll("#spikes button")].find(b => b.textContent.includes("gradient norm"));
+      document.body.dataset.spike = spike.textContent; spike.click();
+      const colour = document.getElementById("colour"); colour.value = "entropy";
+      setTimeout(() => colour.dispatchEvent(new Event("change")), 1000);
+    }, 1000)</script></body>"""
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", click), encoding="utf-8")
+    flags = [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    body = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    assert 'data-spike="step 9: gradient norm 50, 2.500 around it"' in body
+    outlined = re.findall(r'class="completion behind"><div class="facts"><b>#(\d)</b>', body)
+    assert outlined == ["3"]
+    beside = body[body.index('id="beside"') :]
+    assert "other: step 9, group 0, 4 completions" in beside and beside.count('class="facts"') == 4
+    assert "entropy is not known of these completions" in body  # and not shown as if it were low

@@ -100,6 +100,16 @@ def test_a_supervised_run_shows_its_loss(tmp_path: Path) -> None:
     assert "Seconds per step" not in summary and "best completion" not in summary
 
 
+@pytest.mark.parametrize("name", ["summary.md", "report.png"])
+def test_a_report_that_cannot_be_written_is_said(name: str, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", [gtpo_row(1)])
+    (run_dir / name).mkdir()
+    with pytest.raises(
+        UserError, match="run: the report cannot be written there: Is a directory; copy the run"
+    ):
+        write_report(run_dir)
+
+
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.yaml: no such file; is .* the directory of a run\?"):
         write_report(tmp_path)

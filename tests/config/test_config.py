@@ -78,6 +78,17 @@ def test_overrides_are_typed_as_yaml(recipe: Path) -> None:
     assert [term.weight for term in config.rewards.terms] == [0.5, 2.0]
 
 
+def test_the_name_of_an_fp8_format_stands_for_the_section(recipe: Path, tmp_path: Path) -> None:
+    short = load_config(recipe, ["model.fp8=hybrid"])
+    assert short == load_config(recipe, ["model.fp8.format=hybrid"])
+    assert (short.model.fp8.format, short.model.fp8.recipe) == ("hybrid", "tensorwise")
+    overlay = tmp_path / "fp8.yaml"
+    overlay.write_text("model: {fp8: {format: e4m3, recipe: blockwise, param: true}}\n")
+    assert load_config([recipe, overlay]).model.fp8.recipe == "blockwise"
+    assert load_config([recipe, overlay], ["model.fp8=none"]).model.fp8 == load_config(recipe).model.fp8
+    assert "model.fp8.format: 'e5m2'" in error_of(recipe, "model.fp8=e5m2")
+
+
 def test_the_last_override_wins(recipe: Path) -> None:
     assert load_config(recipe, ["training.seed=1", "training.seed=2"]).training.seed == 2
 

@@ -64,6 +64,12 @@ def test_nvidias_apex_with_and_without_its_extensions(install: Install) -> None:
     (site / "amp_C.py").touch()
     finding = only(list(doctor._apex()), "apex")
     assert finding.status == "ok" and finding.source == "https://github.com/NVIDIA/apex@012345678"
+    assert "without fused_weight_gradient_mlp_cuda" in finding.found and "in one product" in finding.advice
+    (site / "fused_weight_gradient_mlp_cuda.py").touch()
+    finding = only(list(doctor._apex()), "apex")
+    assert (
+        "weight gradients are added to their buffer by their product" in finding.found and not finding.advice
+    )
 
 
 def test_the_transformer_engine_meta_wheel_without_its_core_is_an_error(install: Install) -> None:
@@ -81,8 +87,8 @@ def test_the_transformer_engine_meta_wheel_without_its_core_is_an_error(install:
         (
             {"cu13": "2.19.0", "torch": "2.20.2"},
             "13.0",
-            "warning",
-            "parts of different versions: 2.19.0, 2.20.2",
+            "error",
+            "parts of different versions (transformer-engine 2.20.2, transformer-engine-cu13 2.19.0, transformer-engine-torch 2.20.2)",
         ),
         (
             {"cu12": "2.20.2", "cu13": "2.20.2", "torch": "2.20.2"},

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,7 @@ def run_layout(
     algorithm: AlgorithmConfig,
     distributed_optimizer: bool = False,
     float64: bool = False,
+    layers: Literal["auto", "transformer_engine"] = "auto",
 ) -> dict[str, Any]:
     """Loss, gradients and updated weights by Hugging Face name (rank 0 alone returns the tensors).
 
@@ -62,23 +63,28 @@ def run_layout(
     from gtpo_megatron.policy.model import build_policy, export_hf_weights, initialize_parallel, world_rank
     from gtpo_megatron.policy.objective import BatchConstants, make_objective
     from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
+    from gtpo_megatron.policy.seen import TokenWatch
     from gtpo_megatron.policy.step import deal, forward_backward, score
 
     model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
     initialize_parallel(parallel, seed=0)
     policy = build_policy(
-        ModelConfig(path=str(checkpoint), dtype="fp32"),
+        ModelConfig(path=str(checkpoint), dtype="fp32", layers=layers),
         parallel,
         training,
         distributed_optimizer=distributed_optimizer,
     )
     batch = sample_batch()
-    table, micro_batches = deal(batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens)
+    table, micro_batches = deal(
+        policy, batch if world_rank() == 0 else [], parallel, training.micro_batch_tokens
+    )
     entropy = score(policy, micro_batches, len(batch)).completions["entropy"]
     constants = BatchConstants.of(table, algorithm, platform.device())
     group = parallel_state.get_context_parallel_group()
     objective = make_objective(algorithm, constants, float(entropy.mean()), group)
-    result = forward_backward(policy, micro_batches, objective, len(batch))
+    watch = TokenWatch("entropies")
+    result = forward_backward(policy, micro_batches, watch.on(objective), len(batch))
+    tokens = watch.gather(table)
     gradients = None if distributed_optimizer else _gradients(policy)
     grad_norm, weights = None, None
     if not float64:
@@ -92,6 +98,7 @@ def run_layout(
         "entropy": entropy,
         "completions": result.completions,
         "grad_norm": grad_norm,
+        "tokens": tokens,
         "micro_batches": len(micro_batches),
         "gradients": gradients if first else None,
         "weights": weights if first else None,

@@ -1,7 +1,8 @@
-"""Long-lived worker processes that act as gloo ranks, so that torch and Megatron-Core are imported once per session."""
+"""Long-lived worker processes that act as gloo ranks, forked from one that has imported torch and Megatron-Core."""
 
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import traceback
@@ -15,13 +16,22 @@ TIMEOUT_S = 600
 # Groups of jobs that are done are not all freed, and each keeps a thread of gloo's that polls: a thousand of them took
 # both cores of a small machine. Workers with more threads than this make room for new ones.
 THREADS = 150
+IMPORTED = "tests.parallel.imported"  # by the process that workers are forked from
 
 
 class RankPool:
-    """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results."""
+    """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results.
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+    `prepare`, a module-level function, is called once in each worker before any job, and before Megatron-Core is imported.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+        self._prepare = prepare
+        # a spawned worker imports for 7 s; a forked one cannot use a GPU that its parent has seen
+        spawn = prepare is not None or os.path.exists("/dev/nvidiactl")
+        self._context = multiprocessing.get_context("spawn" if spawn else "forkserver")
+        if not spawn:
+            self._context.set_forkserver_preload([IMPORTED])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -69,7 +79,7 @@ class RankPool:
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))
@@ -82,12 +92,14 @@ class RankPool:
         self._workers.clear()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     while True:
         try:
             rank, module, name, args, world_size, store = connection.recv()

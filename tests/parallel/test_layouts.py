@@ -99,6 +99,10 @@ def compare(
             np.testing.assert_allclose(result["completions"][key], values, rtol=2e-6, atol=1e-6, err_msg=key)
         if not float64:
             assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+    assert all(result["tokens"] is None for result in results[1:])
+    for name, bound in (("logprobs", 2e-6), ("entropies", 2**-7)):  # entropies are rounded to bfloat16
+        for own, one in zip(results[0]["tokens"][name], expected["tokens"][name], strict=True):
+            np.testing.assert_allclose(own, one, rtol=bound, atol=bound, err_msg=name)
     exact = one_process(ranks, checkpoint, True)["gradients"]
     bounds = gradient_bounds(expected["gradients"], exact, float64)
     if results[0]["gradients"] is not None:

@@ -53,6 +53,6 @@ def saved_bytes(checkpoint: Path, parallel: ParallelConfig, recompute: str, toke
         finish_reason="stop",
     )
     objective = Objective(lambda _, statistics: (-statistics.logprobs.sum(), Report()))
-    forward_backward(policy, pack([sequence], parallel, tokens), objective, 1)
+    forward_backward(policy, pack(policy, [sequence], parallel, tokens), objective, 1)
     sizes = Counter(tensor.untyped_storage().nbytes() for tensor in saved.values())
     return {"bytes": sum(size * count for size, count in sizes.items()), "sizes": dict(sizes)}

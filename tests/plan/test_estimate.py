@@ -10,9 +10,10 @@ import pytest
 from gtpo_megatron.config.loading import load_recipe
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import read_shape
-from gtpo_megatron.plan.estimate import completion_lengths, make_plan, search
+from gtpo_megatron.plan.estimate import completion_lengths, make_plan
 from gtpo_megatron.plan.facts import efficiency, find_gpu
 from gtpo_megatron.plan.sampling import share_of_server, spread_lengths
+from gtpo_megatron.plan.search import search, splits
 from tests.plan.test_published import run
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,20 @@ def test_a_search_orders_what_fits_and_says_why_the_rest_loses() -> None:
     assert all("does not fit; most:" in c.reason for c in found[len(fitting) :])
 
 
+def test_splits_share_the_gpus_between_trainer_and_servers() -> None:
+    config = load_recipe(RECIPE, [MODEL])
+    tokens = completion_lengths(config, None)
+    shape = read_shape(config.model.path)
+    for total in (64, 63):  # of the latter seventh and eighth parts hold no server of four GPUs
+        found = splits(config, shape, total, find_gpu("h100-sxm"), tokens, efficiency())
+        steps = [c.plan.step.step for c in found]
+        assert steps == sorted(steps) and found[0].reason == "" and all(c.reason for c in found[1:])
+        assert all(
+            c.plan.fits and c.plan.gpus + c.plan.servers * c.plan.server.tensor <= total for c in found
+        )
+    assert splits(config, shape, 8, find_gpu("h100-sxm"), tokens, efficiency()) == []
+
+
 def test_a_plan_for_1024_gpus_answers(capsys: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     code, out, _ = run(["plan", RECIPE, MODEL, "--gpus", 1024, "--json"], capsys)
@@ -134,6 +149,9 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "routing" in out and "GiB on a GPU of stage" in out
     code, out, _ = run(["plan", MIXTURE, path, "--gpus", 8, "--search"], capsys)
     assert code == 0 and "does not fit; most:" in out and "the fastest that fits" in out
+    assert "for trainer and servers together" not in out  # on less than 8 nothing fits
+    code, out, _ = run(["plan", MIXTURE, path, "--gpus", 32, "--search"], capsys)
+    assert code == 0 and "32 GPUs for trainer and servers together" in out and "the best" in out
 
 
 @pytest.mark.parametrize(
@@ -145,10 +163,15 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
             ["--gpus", 64, "training.recompute=none", "training.micro_batch_tokens=32768"],
             "the fastest that does on 64 GPUs: parallel.tensor=",
         ),
-        (["--gpus", 8, "parallel.pipeline=1", "parallel.virtual_pipeline=null"], "no layout fits on 8 GPUs"),
+        (
+            ["--gpus", 8, "parallel.pipeline=1", "parallel.virtual_pipeline=null"],
+            "no layout fits on 8 GPUs; nearest that works: --gpus 32, parallel.tensor=4",
+        ),
+        (["--gpus", 8, "--search"], "no layout fits on 8 GPUs; nearest that works: --gpus 32,"),
         (["--gpus", 0], "--gpus"),
         (["--gpus", 10**8], "--gpus"),
         (["--gpus", 32768], "fewer sequences in a step than the 1024 data-parallel ranks"),
+        (["--gpus", 32768], "nearest that works: --gpus 16384"),
         (["--gpus", 64, "--gpu", "a100", "model.fp8=hybrid"], "a100 has no FP8"),
         (["--published", "x.csv"], "give no recipe with it"),
     ],
@@ -176,3 +199,9 @@ def test_the_scaling_page_has_the_programs_figures() -> None:
         ("Llama-3.1-70B-Instruct", 8),
     ):
         assert tool.row(model, gpus) in lines, "run tools/make_scaling_docs.py"
+    text = tool.PAGE.read_text(encoding="utf-8")
+    training = tool.series(text, "training s")
+    assert [gpus for gpus, _ in training["Llama-3.1-70B-Instruct"]] == [32, 64, 128, 256, 512, 1024]
+    assert f"images/{tool.PLOT.name}" in text
+    assert all(len(training[model]) == len(tool.GPUS) for model in tool.MODELS if "70B" not in model)
+    assert all(seconds > 0 for points in training.values() for _, seconds in points)

@@ -1,6 +1,7 @@
 """Rank coordinates and parameter counts against transformers, Megatron's own rank generator, and published sizes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gtpo_megatron.plan.layout import (
     rank_layout,
     rank_parameters,
     rank_state_bytes,
+    sequence_alignment,
     smallest_world,
     stage_layers,
 )
@@ -187,3 +189,20 @@ def test_state_bytes() -> None:
     assert per_parameter(4, bf16=True, distributed=False) == 18
     assert per_parameter(4, bf16=True, distributed=True) == pytest.approx(6 + 3)
     assert per_parameter(1, bf16=False, distributed=False) == 16
+
+
+@pytest.mark.parametrize(
+    ("parallel", "plain", "fp8"),
+    [
+        ({}, 1, 16),
+        ({"tensor": 2}, 1, 16),
+        ({"tensor": 2, "sequence": True}, 2, 32),
+        ({"context": 2}, 4, 32),
+        ({"tensor": 4, "sequence": True, "context": 2}, 16, 128),
+    ],
+)
+def test_fp8_gives_every_rank_a_multiple_of_16_tokens(parallel: dict[str, Any], plain: int, fp8: int) -> None:
+    layout = ParallelConfig(**parallel)
+    assert sequence_alignment(layout, fp8=False) == plain
+    assert sequence_alignment(layout, fp8=True) == fp8
+    assert fp8 % plain == 0

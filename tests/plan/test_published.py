@@ -80,6 +80,33 @@ def test_a_row_that_is_not_modelled_says_why(column: str, value: str, reason: st
     assert reason in comparison.reason
 
 
+@pytest.mark.parametrize(
+    "start", ["mb-25.09-LLAMA3_70B", "mb-25.11-Qwen3_30B", "nrl-0.6-DeepSeek", "titan-0", "en_qwen3"]
+)
+def test_no_cell_makes_a_traceback(start: str) -> None:
+    row = next(row for row in rows() if row["id"].startswith(start))
+    odd = (
+        "",
+        "0",
+        "-1",
+        "7",
+        "64,64",
+        "nan",
+        "1e9",
+        "9" * 15,
+        "½",
+        "isl 0 osl 0",
+        "concurrency 0",
+        "peak memory . GiB",
+    )
+    odd += ("0 rollouts/step; mean total length 700.5.3", "8 rollouts/step; mean total length 700; TP,PP=0,1")
+    for column in row:
+        for value in odd:
+            for comparison in compare_row(row | {column: value}):
+                assert (comparison.predicted is None) == bool(comparison.reason), (column, value)
+                assert comparison.predicted is None or comparison.predicted > 0, (column, value)
+
+
 @pytest.mark.parametrize("directory", sorted(path.name for path in CONFIGS.iterdir()))
 def test_published_shapes_are_those_of_config_json(directory: str) -> None:
     own = read_shape(str(CONFIGS / directory))
@@ -114,6 +141,15 @@ def test_sizes_are_those_that_the_authors_state(name: str, billions: float, acti
     assert model.parameters / 1e9 == pytest.approx(billions, rel=0.002)
     working = model.dense_parameters + model.active_expert_parameters + model.head_parameters
     assert working / 1e9 == pytest.approx(active, rel=0.01)
+
+
+def test_rows_of_a_spreadsheet(tmp_path: Path) -> None:
+    """A byte order mark, a column of its own, and a row that is cut short."""
+    header, first, *_ = FILE.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "own.csv").write_text(f"\ufeff{header},colour\r\n{first},red\r\nshort,GRPO step\r\n")
+    whole, short = compare(tmp_path / "own.csv")
+    assert whole == compare(FILE)[0]
+    assert short.reason == "result: '' is no figure"
 
 
 def test_a_file_that_is_no_table(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _passes(config: RunConfig, policy: Policy) -> dict[str, Any]:
     with policy.without_adapters():
         base = logprobs()
     again = logprobs()
-    micro_batches = pack(batch(0), config.parallel, budget)
+    micro_batches = pack(policy, batch(0), config.parallel, budget)
     passed = forward_backward(
         policy, micro_batches, Objective(negative_logprob), len(batch(0)), temperature=TEMPERATURE
     )

@@ -12,6 +12,7 @@ import torch
 
 from gtpo_megatron.config import (
     AlgorithmConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -52,6 +53,7 @@ def start(
             rollout=RolloutConfig(temperature=temperature),
             parallel=ParallelConfig(),
             training=training,
+            logging=LoggingConfig(),
         ),
         stage=lambda name: nullcontext(),
         initial_entropy=None,
@@ -101,7 +103,7 @@ def passes_of_steps(
                     train_on(run, *dealt(run, batch))
                 of_reference["forward"] += reference_counts["forward"]
         steps.append(counts)
-    return len(pack(batch, ParallelConfig(), SMALL)), steps, of_reference["forward"]
+    return len(pack(run.policy, batch, ParallelConfig(), SMALL)), steps, of_reference["forward"]
 
 
 def loss_and_gradients(
@@ -148,13 +150,34 @@ def second_step(checkpoint: Path, budget: int) -> tuple[int, dict[str, np.ndarra
         for ours, theirs in zip(fresh.chunks[0].parameters(), run.policy.chunks[0].parameters(), strict=True):
             ours.copy_(theirs)
     batch = sample_batch(seed=1)
-    micro_batches = pack(batch, ParallelConfig(), budget)
+    micro_batches = pack(run.policy, batch, ParallelConfig(), budget)
     objective = batch_objective(algorithm, BatchTable.of(batch), initial_entropy=1.0)
     found = []
     for policy in (run.policy, fresh):
         forward_backward(policy, micro_batches, objective, len(batch))
         found.append(gradients(policy))
     return len(micro_batches), *found
+
+
+def padded_passes(
+    checkpoint: Path, alignments: Sequence[int]
+) -> list[tuple[int, float, dict[str, np.ndarray]]]:
+    """(tokens, loss, gradients by Hugging Face name) of a batch and an empty row, sequences padded to each alignment."""
+    from gtpo_megatron.policy.batch import make_micro_batch
+    from gtpo_megatron.policy.step import batch_objective, forward_backward, pack
+
+    run, batch = start(checkpoint, AlgorithmConfig()), sample_batch()
+    objective = batch_objective(run.config.algorithm, BatchTable.of(batch), initial_entropy=1.0)
+    found = []
+    for alignment in alignments:
+        policy = replace(run.policy, alignment=alignment)
+        micro_batches = [
+            *pack(policy, batch, ParallelConfig(), LARGE),
+            make_micro_batch(batch, [], alignment=alignment),
+        ]
+        passed = forward_backward(policy, micro_batches, objective, len(batch))
+        found.append((sum(b.tokens.numel() for b in micro_batches), passed.loss, gradients(policy)))
+    return found
 
 
 def bad_updates(checkpoint: Path) -> list[dict[str, Any]]:
@@ -164,7 +187,7 @@ def bad_updates(checkpoint: Path) -> list[dict[str, Any]]:
     from gtpo_megatron.policy.step import batch_objective, forward_backward, pack
 
     run, batch = start(checkpoint, AlgorithmConfig()), sample_batch()
-    micro_batches = pack(batch, ParallelConfig(), SMALL)
+    micro_batches = pack(run.policy, batch, ParallelConfig(), SMALL)
     good = batch_objective(run.config.algorithm, BatchTable.of(batch), initial_entropy=1.0)
 
     def with_loss(loss: Any) -> Any:

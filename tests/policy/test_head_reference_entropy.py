@@ -158,7 +158,7 @@ def run_step(checkpoint: Path, tensor: int) -> list[float]:
     assert make_objective(AlgorithmConfig(), constants, 0.0, group).entropy_floor is None
 
     objective = Objective(lambda b, s: (s.logprobs.sum(), completion_report(b, s, group)), STEP_FLOOR)
-    passed = forward_backward(policy, pack(batch, parallel, 128), objective, len(batch))
+    passed = forward_backward(policy, pack(policy, batch, parallel, 128), objective, len(batch))
     return passed.completions["entropy"].tolist()
 
 

@@ -50,7 +50,13 @@ triton_head.UPDATE_BLOCK = triton_head.GRADIENT_BLOCK = 16  # several blocks a r
 check(5, torch.float64, 1e-12, entropy_grad=True)
 """
 
-COMPILE = """
+# Registers a thread may take: at 4 warps a program, 128 leave room for 4 programs on a multiprocessor of 65,536.
+COMPILE = r"""
+import pathlib
+import re
+import subprocess
+import tempfile
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -59,7 +65,17 @@ from gtpo_megatron.policy.head import triton_head
 def compile_kernel(kernel, pointers, constants):
     signature = pointers | {"columns": "i32"} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    dump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([dump, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+    assert compiled.metadata.num_warps == 4
+    assert 0 < used["REG"] <= 128, used
+    assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
+    assert used["SHARED"] <= 2048, used  # a reduction over 4 warps, and what the system reserves
 
 numbers = lambda *names: dict.fromkeys(names, "*fp32")
 compile_kernel(

@@ -1,5 +1,7 @@
 """The manifest of a checkpoint that several ranks describe, where they do not see the same files."""
 
+import os
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,3 +49,22 @@ def test_a_manifest_that_lacks_a_file_is_not_written(ranks: RankPool, tmp_path: 
         (tmp_path / name).write_text(name)
     assert ranks.run(2, lost, tmp_path) == [f"{tmp_path}: not every file has a checksum: ['a']"] * 2
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_latest_of_a_run_that_was_copied_with_its_links_followed_is_a_link_again(tmp_path: Path) -> None:
+    from gtpo_megatron.policy.checkpoint import files
+
+    def save(step: int) -> Path:
+        partial = files.new_partial(tmp_path / "run", step)
+        (partial / "part").write_text(str(step))
+        return files.publish(partial, step)
+
+    save(1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links
+    assert not (tmp_path / "copy" / "latest").is_symlink()
+    (tmp_path / "run").rename(tmp_path / "original")
+    (tmp_path / "copy").rename(tmp_path / "run")
+    save(2)
+    assert os.readlink(tmp_path / "run" / "latest") == "step-000002"
+    assert sorted(os.listdir(tmp_path / "run")) == ["latest", "step-000001", "step-000002"]
+    assert files.list_checkpoints(tmp_path / "run") == [tmp_path / "run" / f"step-00000{n}" for n in (2, 1)]

@@ -127,3 +127,22 @@ def test_an_architecture_that_the_bridge_does_not_know_is_refused(ranks: RankPoo
     config.write_text(config.read_text().replace("LlamaForCausalLM", "OPTForCausalLM"))
     (message,) = ranks.run(1, build_error, checkpoint)
     assert "model.path" in message and "OPTForCausalLM" in message
+
+
+def buffers(checkpoint: Path, trained: bool) -> tuple[bool, bool]:
+    """Whether any parameter has a gradient buffer, and whether any is to be trained."""
+    from gtpo_megatron.policy.model import build_policy, initialize_parallel
+
+    parallel = ParallelConfig()
+    initialize_parallel(parallel, seed=0)
+    model = ModelConfig(path=str(checkpoint), dtype="fp32")
+    policy = build_policy(model, parallel, TrainingConfig(steps=1), trained=trained)
+    parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
+    return any(hasattr(p, "main_grad") for p in parameters), any(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_policy_has_no_gradient_buffers(
+    ranks: RankPool, tiny_checkpoint: Callable[[str], Path], trained: bool
+) -> None:
+    assert ranks.run(1, buffers, tiny_checkpoint("llama"), trained) == [(trained, trained)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gtpo_megatron.config import AlgorithmConfig
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
@@ -137,3 +138,40 @@ def test_the_gap_is_that_of_trainer_and_sampler() -> None:
     _, report = measured()
     assert report.completions["gap_max"].tolist() == pytest.approx([0.2, 0.3, 0.1], abs=1e-6)
     assert report.completions["gap"].tolist() == pytest.approx([0.4 / 3, 0.45 / 4, 0.15 / 2], abs=1e-6)
+
+
+def test_a_rank_without_tokens_has_no_loss_and_a_backward_pass() -> None:
+    batch = make_micro_batch(BATCH, [])
+    logprobs = torch.zeros(batch.sampled_logprobs.numel(), requires_grad=True)
+    constants = BatchConstants.of(BatchTable.of(BATCH), AlgorithmConfig(), torch.device("cpu"))
+    loss, report = make_objective(AlgorithmConfig(), constants, 0.1, ALONE).loss(
+        batch, TokenStatistics(logprobs, torch.zeros_like(logprobs))
+    )
+    loss.backward()
+    assert loss.item() == 0 and logprobs.grad is not None
+    assert (report.completions, report.sums) == ({}, {})
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_context_parallel_ranks_add_what_they_hold(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks that hold the same: sums are twice, the largest once, shares are of both."""
+    config = AlgorithmConfig(gate={"mode": "off"}, importance={"level": level, "cap": 1.25})
+    group: Any = SimpleNamespace(size=lambda: 2)
+
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        assert group.size() == 2
+        if op == dist.ReduceOp.SUM:
+            tensor *= 2
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    batch, tokens = statistics()
+    constants = BatchConstants.of(BatchTable.of(BATCH), config, torch.device("cpu"))
+    _, report = make_objective(config, constants, 0.1, group).loss(batch, tokens)
+    gap = 2 * (tokens.logprobs.detach() - batch.sampled_logprobs)
+    gap = batch.per_completion(gap) if level == "sequence" else gap
+    above = (gap.exp() > 1.25).sum().item()
+    assert above > 0
+    assert report.sums["importance_truncated"].item() == pytest.approx(above / 2)
+    assert report.completions["entropy"].tolist() == pytest.approx([2 * h for h in ENTROPIES], abs=1e-6)
+    assert report.completions["gap"].tolist() == pytest.approx([0.8 / 3, 0.9 / 4, 0.3 / 2], abs=1e-6)
+    assert report.completions["gap_max"].tolist() == pytest.approx([0.2, 0.3, 0.1], abs=1e-6)

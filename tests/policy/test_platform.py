@@ -67,11 +67,17 @@ def test_layers_that_cannot_be_used_are_refused(
         platform.use_transformer_engine("transformer_engine")
 
 
-@pytest.mark.parametrize("parts", [META_ALONE, NO_EXTENSION])
-def test_an_incomplete_transformer_engine_is_refused_before_megatron_is_imported(
-    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, parts: tuple[bool, bool, bool]
+@pytest.mark.parametrize(
+    ("parts", "versions"), [(META_ALONE, ()), (NO_EXTENSION, ()), (WHOLE, ("2.19.0", "2.20.2"))]
+)
+def test_a_transformer_engine_that_cannot_be_imported_is_refused_before_megatron_is(
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    parts: tuple[bool, bool, bool],
+    versions: tuple[str, ...],
 ) -> None:
     machine(parts, True)
+    monkeypatch.setattr(probe, "transformer_engine_versions", lambda: dict(enumerate(versions)))
     monkeypatch.setattr(platform, "_installed", False)
     for _ in range(2):  # it is no better the second time
         with pytest.raises(UserError, match=r"pip uninstall transformer-engine; or, for GPUs, pip install"):

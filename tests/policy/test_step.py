@@ -20,6 +20,7 @@ from tests.policy.step_jobs import (
     SMALL,
     bad_updates,
     loss_and_gradients,
+    padded_passes,
     passes_of_steps,
     second_step,
 )
@@ -197,6 +198,15 @@ def test_gradients_after_an_update_count_every_micro_batch_once(ranks: RankPool,
         np.testing.assert_array_equal(found[name], gradient, err_msg=name)
         difference = np.linalg.norm(found[name] - found_at_once[name])
         assert difference <= 1e-4 * np.linalg.norm(gradient), name
+
+
+def test_padding_changes_neither_loss_nor_gradients(ranks: RankPool, checkpoint: Path) -> None:
+    ((plain, padded),) = ranks.run(1, padded_passes, checkpoint, (1, 16))
+    assert padded[0] > plain[0] and padded[0] % 16 == 0
+    assert padded[1] == pytest.approx(plain[1], rel=1e-6)
+    for name, gradient in plain[2].items():
+        difference = np.linalg.norm(padded[2][name] - gradient)
+        assert difference <= 1e-5 * np.linalg.norm(gradient), name
 
 
 def test_what_is_not_finite_changes_nothing(ranks: RankPool, tiny_checkpoint: Callable[[str], Path]) -> None:

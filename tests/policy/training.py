@@ -1,5 +1,6 @@
 """A few plain training steps on gloo ranks, with checkpoints: what the checkpoint tests run in the rank pool."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,13 @@ def checkpointer(config: RunConfig, policy: Policy, optimizer: Optimizer) -> Che
     return Checkpointer(config.path / "checkpoints", config, policy, optimizer, config.model.path)
 
 
-def steps(config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: range) -> list[tuple[float, ...]]:
+def steps(
+    config: RunConfig, policy: Policy, optimizer: Optimizer, numbers: Iterable[int]
+) -> list[tuple[float, ...]]:
     """Train on the numbered batches; (loss, gradient norm, learning rate) of each."""
     done = []
     for number in numbers:
-        micro_batches = pack(batch(number), config.parallel, config.training.micro_batch_tokens)
+        micro_batches = pack(policy, batch(number), config.parallel, config.training.micro_batch_tokens)
         loss = forward_backward(policy, micro_batches, Objective(negative_logprob), 8).loss
         update = apply_update(optimizer, policy, loss)
         done.append((loss, update.grad_norm, update.learning_rate))

@@ -87,6 +87,18 @@ def test_tensorboard_holds_the_numbers_and_forgets_purged_steps(tmp_path: Path) 
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.5), (2, 9.0)]
 
 
+def test_a_run_goes_on_without_curves_where_they_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("not a directory")
+    with MetricsWriter(tmp_path, LoggingConfig()) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer.log(2, {"loss": 2.0})
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
+    (warning,) = caplog.records
+    assert "tensorboard: cannot be written (File exists): no more curves" in warning.getMessage()
+
+
 def test_wandb_gets_the_numbers_under_an_id_that_a_resumed_run_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,9 +59,13 @@ def check_on_policy(config: RunConfig, servers: Servers) -> None:
         assert served_version(url, config.path / "hf") == config.training.steps
 
 
-def test_training_in_one_process(ranks: RankPool, servers: Servers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["all-weights", "lora"])
+def test_training_in_one_process(
+    lora: dict[str, int] | None, ranks: RankPool, servers: Servers, tmp_path: Path
+) -> None:
+    """Of adapters the servers get the merged weights."""
     sglang = {"urls": servers.urls, "verify_every": 1}
-    config = run_config(tmp_path, servers.checkpoint, 2, rollout={"sglang": sglang})
+    config = run_config(tmp_path, servers.checkpoint, 2, model={"lora": lora}, rollout={"sglang": sglang})
     assert ranks.run(1, train, config) == [0]
     check_on_policy(config, servers)
 

@@ -1,5 +1,6 @@
 """Figures of a step, against values worked out by hand."""
 
+import numpy as np
 import pytest
 
 from gtpo_megatron.trajectories.analysis import summarise
@@ -29,7 +30,14 @@ def test_metrics_of_a_step() -> None:
         trajectory(
             4, group=1, reward=1.0, reward_terms={"format": 1.0, "right": 0.0}, finish_reason="length"
         ),
-        trajectory(20, group=1, reward=1.0, reward_terms={"format": 1.0, "right": 0.0}, reward_error="x"),
+        trajectory(
+            20,
+            group=1,
+            reward=1.0,
+            reward_terms={"format": 1.0, "right": 0.0},
+            reward_error="x",
+            token_versions=np.repeat(np.int32([4, 5]), 10),
+        ),
     ]
     assert summarise(step) == pytest.approx(
         {
@@ -44,7 +52,8 @@ def test_metrics_of_a_step() -> None:
             "response/length_mean": 10.0,
             "response/length_max": 20.0,
             "response/truncated": 0.25,
-            "response/continued": 0.0,
+            "response/repetition": 0.0,
+            "response/continued": 0.25,
             "conflict/prefix_mean": 1.5,
             "conflict/suffix_mean": 1.5,
             "conflict/protected_share": 6 / 40,  # the runs of 4 and 5 overlap in 6 tokens
@@ -76,3 +85,10 @@ def test_conflict_shares_add_up_over_completions_and_leave_out_those_without_adv
     )
     assert metrics["conflict/amplified_share"] == pytest.approx(5 / 50)
     assert metrics["conflict/protected_share"] == pytest.approx(4 / 50)
+
+
+def test_a_term_that_a_completion_lacks_counts_as_zero() -> None:
+    metrics = summarise(
+        [trajectory(3, reward_terms={"format": 1.0}), trajectory(3, reward_error="no verdict")]
+    )
+    assert metrics["reward/format"] == 0.5

@@ -4,10 +4,12 @@ import dataclasses
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -98,6 +100,7 @@ def test_other_programs_read_it(tmp_path: Path) -> None:
     )
     frame = pandas.read_parquet(path)
     assert frame["reward"].tolist() == [2.0, 0.0]
+    assert frame["seconds"].tolist() == [0.0, 0.0]  # where nobody took the time
     assert frame["reward/format"].isna().tolist() == [False, True]
     assert [len(ids) for ids in frame["token_ids"]] == [3, 0]
 
@@ -121,9 +124,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
     for step in (1, 2):
         with pytest.raises(
-            UserError, match=rf"step-0000000{step}.parquet: .*No space left on device; .* MiB free"
+            UserError,
+            match=rf"step-0000000{step}.parquet: .*No space left on device; 0.0 MiB needed, 3.0 MiB free",
         ):
             store.write(step, [trajectory(length=9)])
     assert os.listdir(tmp_path) == ["step-00000001.parquet"]
@@ -174,6 +179,8 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
         UserError, match=r"step-00000001\.parquet: cannot be read, it is damaged or cut short"
     ):
         store.read(1)
+    with pytest.raises(UserError, match=r"step-00000001\.parquet: cannot be read"):
+        store.read_notes(1)
 
 
 def test_a_missing_step_and_another_version_are_named(tmp_path: Path) -> None:

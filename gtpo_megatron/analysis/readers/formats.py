@@ -51,7 +51,7 @@ def open_dump(paths: Sequence[Path], trust: bool = False) -> Dump:
         format=reader.FORMAT,
         paths=tuple(chosen),
         batches=_batches(reader, chosen),
-        lacks=reader.LACKS,
+        lacks=ours.lacks(chosen[0]) if reader is ours else reader.LACKS,
         **(_of_our_run(chosen[0]) if reader is ours else {}),
     )
 

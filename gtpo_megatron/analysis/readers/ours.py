@@ -1,5 +1,6 @@
 """Runs of this project: a run's directory, its trajectories folder, or files of it."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 from gtpo_megatron.analysis.dump import Completions
 from gtpo_megatron.analysis.readers.files import parquet_columns, parquet_table
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.trajectories.seen import Seen, read_seen
 from gtpo_megatron.trajectories.store import SCHEMA_VERSION
 
+_STEP = re.compile(r"step-(\d{8,})\.parquet")
 FORMAT = "gtpo-megatron"
 LACKS = ()
 _VERSION_KEY = b"gtpo_megatron.trajectories"
@@ -71,6 +74,40 @@ def _completions(path: Path, step: int, rows: NDArray[np.int64], table: pa.Table
             for name in table.column_names
             if name.startswith(_TERM)
         },
+        **_seen(path, step, lengths),
+    )
+
+
+def _seen(path: Path, step: int, lengths: NDArray[np.int64]) -> dict[str, NDArray]:
+    """What training saw of a step, where it was written; nothing where that is of another batch than this file."""
+    seen = read_seen(path.parent, step)
+    if seen is None or len(seen) != len(lengths):
+        return {}
+    known = {"mean_entropies": seen.entropy, "coefficients": seen.coefficient, "gates": seen.gate}
+    columns = {name: values.astype(np.float64) for name, values in known.items() if values is not None}
+    for name, lists in (("trainer_logprobs", seen.logprobs), ("entropies", seen.entropies)):
+        if lists is not None:
+            if not np.array_equal([len(values) for values in lists], lengths):
+                return {}
+            columns[name] = np.concatenate([np.zeros(0, np.float32), *lists])
+    return columns
+
+
+def lacks(path: Path) -> tuple[str, ...]:
+    """What was not recorded beside a file's batch."""
+    match = _STEP.search(path.name)
+    seen: Seen | None = read_seen(path.parent, int(match[1])) if match else None
+    if seen is None:
+        return (
+            "what training saw of the completions: gate, coefficients, its log-probabilities and entropies",
+        )
+    return tuple(
+        f"{what}: logging.seen {level} records them"
+        for what, level, values in (
+            ("the trainer's log-probabilities", "logprobs", seen.logprobs),
+            ("entropies of the tokens", "entropies", seen.entropies),
+        )
+        if values is None
     )
 
 

@@ -109,7 +109,12 @@ def publish(partial: Path, step: int) -> Path:
     partial.rename(final)
     link = partial.parent / f".{LATEST}-{uuid.uuid4().hex[:8]}"
     link.symlink_to(final.name)
-    link.replace(partial.parent / LATEST)
+    latest = partial.parent / LATEST
+    if (
+        latest.is_dir() and not latest.is_symlink()
+    ):  # a checkpoint twice: the run was copied with its links followed
+        discard(latest)
+    link.replace(latest)
     _flush(partial.parent)
     return final
 

@@ -195,7 +195,8 @@ def load_training_state(policy: Policy, optimizer: Optimizer, adam_step: int, di
         loaded = _load(tensors, directory)
     _assign_policy(policy, loaded)
     state = merge(rest, loaded["optimizer"])
-    _give_step(state, adam_step)
+    if any(_keeps_step_per_parameter(adam) for adam in _adams(optimizer)):
+        _give_step(state, adam_step)
     optimizer.megatron.load_state_dict(state)
     _set_adam_step(optimizer, adam_step)
 
@@ -310,7 +311,7 @@ def _set_adam_step(optimizer: Optimizer, step: int) -> None:
 
 
 def _give_step(state: Any, step: int) -> None:
-    """Add Adam's step to every parameter's state; torch's Adam refuses a state without one."""
+    """Add Adam's step to every parameter's state; torch's Adam refuses a state without one, Transformer Engine's one with."""
     if isinstance(state, dict):
         if "exp_avg" in state:
             state.setdefault("step", torch.tensor(float(step)))

@@ -25,7 +25,6 @@ from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import make_micro_batch
 from gtpo_megatron.policy.checkpoint import files, state
@@ -313,9 +312,8 @@ def hf_logits(path: Path, prompts: list[list[int]], narrow: Dtype = "fp32") -> l
 @torch.no_grad()
 def policy_logits(policy: Policy, parallel: ParallelConfig, prompts: list[list[int]]) -> list[Tensor] | None:
     """[tokens, vocabulary] of each prompt by the policy, on rank 0 (None elsewhere). Collective."""
-    alignment = sequence_alignment(parallel)
     batches = [
-        make_micro_batch([_as_trajectory(ids)], [0], alignment=alignment, device=platform.device())
+        make_micro_batch([_as_trajectory(ids)], [0], alignment=policy.alignment, device=platform.device())
         for ids in prompts
     ]
 

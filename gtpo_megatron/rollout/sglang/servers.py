@@ -1,8 +1,6 @@
 """SGLang's processes on this machine: command lines, start, logs, and an end that cannot be forgotten."""
 
-import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gtpo_megatron import processes
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.network import is_loopback
 
 Device = Literal["cpu", "cuda"]
 STUBS = Path(__file__).parent / "cpu_stubs"
-WATCHDOG = Path(__file__).parent / "watchdog.py"
+WATCHDOG = Path(processes.__file__)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 KEY_VARIABLE = "GTPO_SGLANG_API_KEY"
 # The key travels in the environment: a command line can be read by every user of the machine.
@@ -55,19 +55,16 @@ class Process:
 
     def end(self) -> None:
         """Kill the process and its children. A stopped (SIGSTOP) process is killed as well."""
-        try:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        processes.kill_group(self.popen.pid)
         self.popen.wait()
 
 
-def end_all(processes: Sequence[Process], grace_s: float) -> None:
+def end_all(family: Sequence[Process], grace_s: float) -> None:
     """Let all processes end by themselves; kill those that have not done so after `grace_s`, and their children."""
     deadline = time.monotonic() + grace_s
-    for process in processes:
+    for process in family:
         process.popen.terminate()
-    for process in processes:
+    for process in family:
         try:
             process.popen.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -199,14 +196,6 @@ def resolve_key(key: str | None) -> str | None:
     if not os.environ.get(key[4:]):
         raise UserError(f"rollout.sglang.api_key: {key}: the environment variable {key[4:]} is not set")
     return os.environ[key[4:]]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def free_port(host: str) -> int:

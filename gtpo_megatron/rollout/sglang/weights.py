@@ -8,7 +8,6 @@ import asyncio
 import base64
 import io
 import pickle
-import socket
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,9 @@ from urllib.parse import urlsplit
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
+from gtpo_megatron.network import gloo_towards, is_loopback, own_address
 from gtpo_megatron.rollout.sglang.buckets import Bucket, Snapshot
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
-from gtpo_megatron.rollout.sglang.servers import is_loopback
 
 Method = Literal["distributed", "tensor", "disk"]
 MOVES_WEIGHTS = (
@@ -75,9 +74,10 @@ class Broadcast:
             options._timeout = self._timeout
             self._group = ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self.world_size, options)
         else:
-            self._group = ProcessGroupGloo(
-                PrefixStore("cpu/", store), 0, self.world_size, timeout=self._timeout
-            )
+            with gloo_towards(self.host):
+                self._group = ProcessGroupGloo(
+                    PrefixStore("cpu/", store), 0, self.world_size, timeout=self._timeout
+                )
 
     def send(self, flat: torch.Tensor) -> None:
         """Broadcast one tensor; returns when it has left (gloo) or has been enqueued and finished (NCCL)."""
@@ -318,10 +318,8 @@ def pickle_tensors(named: list[tuple[str, torch.Tensor]]) -> str:
 
 
 def _own_address(targets: Sequence[Target]) -> str:
-    """The address of this machine by which the servers reach it."""
+    """The address of this machine by which the servers reach it. Raises UserError where there is no way to the first."""
     remote = [host for t in targets if not is_loopback(host := urlsplit(t.url).hostname or "")]
     if not remote:
         return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # a UDP connect only looks up the route
-        probe.connect((remote[0], 9))
-        return str(probe.getsockname()[0])
+    return own_address(remote[0])

@@ -1,0 +1,109 @@
+"""What stands in for CUDA where there is none, so that Megatron-Core runs unchanged on gloo and a CPU.
+
+Megatron-Core takes a GPU for granted in a few places: literal ``device="cuda"`` arguments, streams and events, the device's
+random generator, tensor type strings. Each is led to the CPU here; `policy/platform.py` decides when.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Lead CUDA to the CPU for the life of the process."""
+    _redirect_streams()
+    _redirect_random_state()
+    CudaToCpu().__enter__()
+    _keep_counts_on_host()
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Lead literal CUDA devices in torch calls to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedDataParallel and the optimizer compare with "torch.cuda.FloatTensor" and the like
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _names_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _names_cuda(value: Any) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+class _NullStream:
+    """A stream or event on a device whose work is done when a call returns."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    wait = wait_stream = wait_event = synchronize = record = _nothing
+
+    def record_event(self, *args: Any) -> "_NullStream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _redirect_streams() -> None:
+    stream = _NullStream()
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = lambda *a, **k: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *a, **k: stream
+    torch.cuda.stream = lambda s: contextlib.nullcontext()
+    torch.cuda.Stream = torch.cuda.Event = _NullStream
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *a, **k: None
+
+
+def _redirect_random_state() -> None:
+    """Let "the device's generator" be the default CPU generator."""
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+    # the generator it warns about is the same one here
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+def _keep_counts_on_host() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # split sizes must become host integers; upstream converts only what is_cuda
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host

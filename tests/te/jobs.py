@@ -1,0 +1,53 @@
+"""What one rank does in the tests of Transformer Engine's layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gtpo_megatron.config import RunConfig
+from tests.policy import training
+
+LAYERS = ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention")
+
+
+def run_config(
+    directory: Path, checkpoint: Path, layers: str = "transformer_engine", **sections: Any
+) -> RunConfig:
+    """A run with the given layers; sections are given as dictionaries."""
+    model = {"layers": layers} | sections.pop("model", {})
+    defaults = {"training": {"micro_batch_tokens": 128}}
+    return training.run_config(directory, checkpoint, model=model, **defaults | sections)
+
+
+def logprobs(config: RunConfig) -> tuple[list[str], list[np.ndarray], dict[str, np.ndarray]]:
+    """Transformer Engine's layers in the policy, the logprobs of a batch, and the exported weights."""
+    from gtpo_megatron.policy.step import token_logprobs
+
+    policy, _, _ = training.start(config)
+    names = sorted({type(module).__name__ for module in policy.chunks[0].modules()} & set(LAYERS))
+    batch = training.batch(0)
+    found = token_logprobs(
+        policy, batch, config.parallel, config.training.micro_batch_tokens, temperature=1.0
+    )
+    return names, found, training.weights(policy)
+
+
+def export(config: RunConfig) -> tuple[set[str], dict[str, np.ndarray]]:
+    """Kinds of modules in the policy, and the weights that it exports as it was loaded."""
+    from gtpo_megatron.policy.model import build_policy, initialize_parallel
+
+    initialize_parallel(config.parallel, config.training.seed)
+    policy = build_policy(config.model, config.parallel, config.training, trained=False)
+    kinds = {type(module).__name__ for chunk in policy.chunks for module in chunk.modules()}
+    return kinds, training.weights(policy)
+
+
+def train(config: RunConfig, count: int) -> tuple[list[tuple[float, ...]], str, dict[str, np.ndarray]]:
+    """(loss, gradient norm, learning rate) of each step on one batch, Adam's class, and the weights after them."""
+    from gtpo_megatron.policy.checkpoint.state import _adams
+
+    policy, optimizer, _ = training.start(config)
+    adam = type(_adams(optimizer)[0])
+    done = training.steps(config, policy, optimizer, [0] * count)  # one batch, so that the loss falls
+    return done, f"{adam.__module__}.{adam.__name__}", training.weights(policy)
