@@ -48,7 +48,14 @@ AGAINST = {
     "gtpo-authors-betas": "gtpo",
     "gtpo-protection-half": "gtpo",
 }
-MEASURES = ("accuracy", "pass_at_k", "format", "entropy_late", "entropy_highest")
+MEASURES = {
+    "accuracy": "accuracy",
+    "pass_at_k": "pass@8",
+    "format": "format",
+    "reward_late": "reward, last 10 steps",
+    "entropy_late": "entropy, last 10 steps",
+    "entropy_highest": "highest entropy",
+}
 TABLE = r"(?<=<!-- {} -->\n).*?(?=<!-- end of table -->)"
 Sweep = dict[str, Any]  # what a JSON file has
 
@@ -137,8 +144,8 @@ def tuned(tuning: Sweep) -> dict[str, float]:
 def arms_table(sweep: Sweep) -> list[str]:
     """A row an arm: means over seeds with Student's intervals, counts with Wilson's."""
     lines = [
-        "| arm | rate | seeds | accuracy | pass@8 | format | entropy, last 10 steps | highest entropy | passed ln 2 | fell | both |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| arm | rate | seeds | {' | '.join(MEASURES.values())} | passed ln 2 | fell | both |",
+        "| --- " * (6 + len(MEASURES)) + "|",
     ]
     for arm, found in sweep["arms"].items():
         cells = [_shown(mean_interval(list(values(sweep, arm, measure).values()))) for measure in MEASURES]
@@ -153,24 +160,19 @@ def arms_table(sweep: Sweep) -> list[str]:
 def effects_table(sweep: Sweep) -> list[str]:
     """A row a comparison: paired differences over seeds; bold where the interval excludes 0."""
     lines = [
-        "| difference | seeds | accuracy | d | accuracy, bootstrap | pass@8 | entropy, last 10 steps | highest entropy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| difference | seeds | {' | '.join(MEASURES.values())} | d of accuracy | accuracy, bootstrap |",
+        "| --- " * (4 + len(MEASURES)) + "|",
     ]
     for one in contrasts(sweep):
-        measured = {
-            measure: paired_effect(values(sweep, one.arm, measure), values(sweep, one.other, measure))
+        effects = [
+            paired_effect(values(sweep, one.arm, measure), values(sweep, one.other, measure))
             for measure in MEASURES
-        }
-        main = measured["accuracy"]
-        if main is None:
-            continue
-        size = "" if main.standardised is None else f"{main.standardised:+.2f}"
-        cells = [_shown(main.difference, "+"), size, _shown(main.bootstrap, "+")]
-        cells += [
-            _shown(effect.difference, "+")
-            for measure in ("pass_at_k", "entropy_late", "entropy_highest")
-            if (effect := measured[measure])
         ]
+        cells = [_shown(effect.difference, "+") for effect in effects if effect]
+        if not (main := effects[0]):  # no seed that both have
+            continue
+        cells.append("" if main.standardised is None else f"{main.standardised:+.2f}")
+        cells.append(_shown(main.bootstrap, "+"))
         lines.append(f"| {one.arm} - {one.other} | {main.difference.seeds} | {' | '.join(cells)} |")
     return lines
 

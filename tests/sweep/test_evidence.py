@@ -86,7 +86,8 @@ def test_tables(evidence: ModuleType) -> None:
     assert text.startswith("6 of 9 runs, 60 steps each.")
     assert "| gtpo | 0.0001 | 3 | 0.600 [0.352, 0.848] |" in text
     assert "2 of 3 [0.21, 0.94] | 1 of 3 [0.06, 0.79] | 1 of 3 [0.06, 0.79] |" in text
-    assert "| gtpo - grpo | 3 | **+0.100 [+0.075, +0.125]** | +10.00 |" in text
+    assert "| gtpo - grpo | 3 | **+0.100 [+0.075, +0.125]** |" in text
+    assert "| +10.00 | **+0.100 [+0.090, +0.110]** |" in text
     assert "| grpo-no-std - grpo | 3 | +0.033" in text  # its interval holds 0: not bold
 
 
