@@ -34,8 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
-from gtpo_megatron.rollout.sglang.servers import STUBS, make_launch
-from gtpo_megatron.rollout.sglang.weights import Method
+from gtpo_megatron.rollout.sglang.servers.launch import STUBS, make_launch
+from gtpo_megatron.rollout.sglang.weights.transfer import Method
 from gtpo_megatron.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

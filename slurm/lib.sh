@@ -1,11 +1,13 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, run_step, end_attempt
+#   begin_attempt, load_modules, need_file, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt (or end_command)
 #
 # What it leaves in the run's directory:
-#   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ...
+#   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
+#   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
+#   servers/             a file for each server that is up, and the key that they and the trainer have in common
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -17,9 +19,9 @@ end_job() {
   exit "$code"
 }
 
-# begin_attempt RUN_DIR: makes the folder of this attempt's logs, $attempt_dir.
+# begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
 begin_attempt() {
-  attempts=$1/attempts run_dir=$1 got_term=0
+  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank
   if ! mkdir -p "$attempts" || [ ! -w "$attempts" ]; then
     end_job 2 "mistake: $attempts cannot be written on $(hostname); is it on the shared file system?"
   fi
@@ -47,23 +49,147 @@ need_file() {
   [ -e "$1" ] || end_job 2 "mistake: $2 $1 is not on $(hostname)"
 }
 
+# servers_key RUN_DIR: $GTPO_SERVERS_KEY, by which the trainer's requests are told from those of others; made once for a run.
+servers_key() {
+  local key=$1/servers/.key partial
+  partial=$key.$(hostname).$$
+  mkdir -p "$1/servers"
+  if [ ! -s "$key" ]; then
+    (umask 077; od -A n -t x1 -N 24 /dev/urandom | tr -d ' \n' >"$partial")
+    ln "$partial" "$key" 2>/dev/null # of two that come at once, the first decides
+    rm -f "$partial"
+  fi
+  GTPO_SERVERS_KEY=$(cat "$key")
+  export GTPO_SERVERS_KEY
+}
+
+# split_nodes N: the first N nodes of the job in $serving, the others in $training, as srun's --nodelist takes them.
+# shellcheck disable=SC2034 # used by the files that source this
+split_nodes() {
+  local nodes
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  if [ "${#nodes[@]}" -le "$1" ]; then
+    end_job 2 "mistake: $1 nodes are to serve, and the job has ${#nodes[@]}: no node is left to train"
+  fi
+  serving=$(IFS=,; echo "${nodes[*]:0:$1}")
+  training=$(IFS=,; echo "${nodes[*]:$1}")
+}
+
+# keep_servers RETRIES SRUN...: servers as a step in the background. A step that ends is started again, unless it ended with
+# 0 (the run is complete), 2 (a mistake), or within a minute more than RETRIES times in a row: then run_step ends the ranks.
+keep_servers() {
+  local retries=$1
+  shift
+  trap 'interrupted=1' USR2
+  (
+    trap 'kill "$!" 2>/dev/null; wait; exit 0' TERM
+    quick=0
+    while :; do
+      SECONDS=0
+      "$@" 2>>"$attempt_dir/servers.log" &
+      wait "$!"
+      code=$?
+      if [ "$code" = 0 ]; then exit 0; fi
+      if [ "$SECONDS" -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
+      if [ "$code" = 2 ] || [ "$quick" -gt "$retries" ]; then break; fi
+      say "the servers ended with $code after $SECONDS s; started again"
+    done
+    echo "$code" >"$attempt_dir/servers.ended"
+    while kill -USR2 $$ 2>/dev/null; do
+      sleep 1 &
+      wait "$!"
+    done
+  ) &
+  keeper=$!
+}
+
+# end_servers: ends what keep_servers began.
+end_servers() {
+  if [ -n "${keeper:-}" ]; then
+    kill "$keeper" 2>/dev/null
+    wait "$keeper"
+  fi
+}
+
+# watch_ranks SRUN_PID SECONDS: ends the step when a rank, once it has begun, gives no sign of life for so long
+# (gtpo_megatron/cluster/pulse.py), after all have written their stacks to their logs. Notes the ranks in $attempt_dir/hung.
+# What time it is says the file system alone: the clocks of the nodes need not agree.
+watch_ranks() {
+  local step=$1 age=0 silent
+  trap 'kill "$!" 2>/dev/null; exit 0' TERM
+  touch "$attempt_dir/pulse/.then"
+  while :; do
+    sleep 5 &
+    wait "$!"
+    age=$((age + 5))
+    if [ "$age" -le "$2" ]; then continue; fi
+    silent=$(silent_ranks)
+    if [ -n "$silent" ]; then # they, and this shell, may have waited for the file system alone
+      sleep 10 &
+      wait "$!"
+      silent=$(silent_ranks)
+    fi
+    if [ -n "$silent" ] && ! grep -qE "$end_of_task" "$attempt_dir/srun.log"; then
+      echo "$silent" >"$attempt_dir/hung"
+      say "no sign of life for $2 s from rank.node $(one_line <<<"$silent")- all are asked for their stacks, and ended"
+      kill -USR2 "$step" # srun passes it on
+      sleep 5 &
+      wait "$!"
+      kill -TERM "$step" # srun kills them
+      return
+    fi
+    touch "$attempt_dir/pulse/.then"
+    age=0
+  done
+}
+
+# The ranks, as RANK.NODE, whose sign of life is older than the file .then.
+silent_ranks() { (cd "$attempt_dir/pulse" && find . -type f ! -name '.*' ! -newer .then -printf '%f\n' | sort -n); }
+
+end_of_task='[^ ]+: tasks? [0-9][0-9,-]*: .*' # how srun says that one has ended badly
+
 # run_step SRUN...: runs a step and waits for it, whatever signals come meanwhile. Sets $step_code to what ended it:
 # the exit code of the first rank that ended badly. srun's own is the highest of all, and those ended in its wake,
-# by a signal, have a higher one.
+# by a signal, have a higher one. With $hung_after, ranks that hang for so many seconds end it.
 run_step() {
-  local code first
+  local code first step watcher=
+  export GTPO_PULSE=
+  if [ "${hung_after:-0}" != 0 ]; then
+    GTPO_PULSE=$attempt_dir/pulse
+    mkdir -p "$GTPO_PULSE"
+  fi
   "$@" 2>"$attempt_dir/srun.log" &
+  step=$!
+  if [ -n "$GTPO_PULSE" ]; then
+    watch_ranks "$step" "$hung_after" &
+    watcher=$!
+  fi
   while :; do
     interrupted=0
-    wait "$!"
+    if [ -s "$attempt_dir/servers.ended" ]; then kill -TERM "$step" 2>/dev/null; fi
+    wait "$step"
     code=$?
     [ "$interrupted" = 0 ] && break
   done
+  if [ -n "$watcher" ]; then
+    kill "$watcher" 2>/dev/null
+    wait "$watcher"
+  fi
   cat "$attempt_dir/srun.log"
-  first_end=$(grep -m 1 -oE '[^ ]+: tasks? [0-9][0-9,-]*: .*' "$attempt_dir/srun.log")
+  first_end=$(grep -m 1 -oE "$end_of_task" "$attempt_dir/srun.log")
   first=${first_end##*exit code }
   step_code=$code
   if [ "$code" != 0 ] && [[ $first =~ ^[0-9]+$ ]]; then step_code=$first; fi
+  if [ "$step_code" != 0 ] && [ -s "$attempt_dir/servers.ended" ]; then
+    step_code=$(cat "$attempt_dir/servers.ended") logs=server
+    first_end=$(grep -E "$end_of_task" "$attempt_dir/servers.log" | tail -n 1)
+  fi
+  if [ "$step_code" != 0 ] && [ -s "$attempt_dir/hung" ]; then
+    step_code=hung first_end="rank.node $(one_line <"$attempt_dir/hung")gave no sign of life for $hung_after s"
+    if [ "$(wc -l <"$attempt_dir/hung")" -lt "$(find "$GTPO_PULSE" -name '[0-9]*' | wc -l)" ]; then
+      avoid=$(sed 's/^[0-9]*\.//' "$attempt_dir/hung" | sort -u | paste -sd,)
+    fi # where all were silent, it may be the file system
+  fi
 }
 
 # end_attempt RETRIES: acts on $step_code, says what ended the attempt and what comes next, and ends the job.
@@ -90,11 +216,37 @@ end_attempt() {
   esac
 }
 
-# requeue WHY: the same job again, from the newest checkpoint.
+# end_command RESULT: the same for a command that is not requeued, but submitted again.
+end_command() {
+  local how=$step_code
+  if [ "$got_term" = 1 ] && [ "$step_code" != 0 ]; then how=term; fi
+  echo "$attempt ${SLURM_JOB_ID:-none} $(newest_step) $how" >>"$attempts/ended"
+  case $how in
+    0) end_job 0 "complete: $1" ;;
+    2) end_job 2 "mistake: $(message_of_ranks) Mend it and submit again" ;;
+    term) end_job 3 "asked by Slurm to end (scancel, preemption or time limit): submit again" ;;
+    *) show_end_of_log
+       end_job 1 "failed: $(why)" ;;
+  esac
+}
+
+# requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
-  if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then end_job 0 "$1; requeued"; fi
+  if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    if [ -n "${avoid:-}" ]; then leave_out "$avoid"; fi
+    end_job 0 "$1; requeued${avoid:+ without $avoid}"
+  fi
   end_job 3 "$1; cannot be requeued ($(one_line <<<"$answer")): submit again to go on"
+}
+
+# leave_out NODES: this job, which waits in the queue, does not get these nodes. Slurm changes the list of a waiting job alone.
+leave_out() {
+  local before answer
+  before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  if [ "$before" = "(null)" ]; then before=; fi
+  answer=$(scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${before:+$before,}$1" 2>&1) ||
+    say "Slurm does not leave out $1: $(one_line <<<"$answer")"
 }
 
 # The newest step that the metrics know; 0 without one.
@@ -113,7 +265,7 @@ attempts_without_a_step() {
 # What the ranks printed as their mistake, in one line.
 message_of_ranks() {
   local log
-  log=$(grep -lm 1 '^gtpo-megatron: ' "$attempt_dir"/rank-*.log 2>/dev/null | head -n 1)
+  log=$(grep -lm 1 '^gtpo-megatron: ' "$attempt_dir/$logs"-*.log 2>/dev/null | head -n 1)
   if [ -n "$log" ]; then
     sed -n '/^gtpo-megatron: /,$p' "$log" | head -n 20 | one_line
   else
@@ -127,7 +279,7 @@ why() { echo "${first_end:-srun ended with $step_code}; logs in $attempt_dir"; }
 show_end_of_log() {
   local rank
   rank=$(sed -n 's/.*tasks\{0,1\} \([0-9][0-9]*\).*/\1/p' <<<"$first_end")
-  if [ -s "$attempt_dir/rank-$rank.log" ]; then tail -n 20 "$attempt_dir/rank-$rank.log"; fi
+  if [ -s "$attempt_dir/$logs-$rank.log" ]; then tail -n 20 "$attempt_dir/$logs-$rank.log"; fi
 }
 
 one_line() { tr -s ' \n' ' '; }

@@ -23,16 +23,30 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "control": {"errors"},
+    "registry": set(),
     "network": {"errors"},
     "processes": set(),
     "machine": BASE,
-    "cluster": BASE | {"run.directory"},
+    "cluster": BASE | {"registry", "run.directory"},
     "plan": BASE | {"data", "machine", "rewards"},  # rewards: whether their options fit
     "trajectories": BASE | {"algorithm"},
     "data": BASE,
     "rewards": BASE,
     "rollout": BASE | {"algorithm", "trajectories", "data", "rewards"},
-    "rollout.sglang": BASE | {"rollout", "trajectories"},
+    "rollout.sglang.client": BASE | {"rollout", "trajectories"},
+    "rollout.sglang.weights": BASE | {"rollout", "rollout.sglang.client"},
+    "rollout.sglang.servers": BASE | {"registry", "rollout.sglang.client", "rollout.sglang.weights"},
+    "rollout.sglang.audit": BASE
+    | {"rollout.sglang.client", "rollout.sglang.servers", "rollout.sglang.weights"},
+    "rollout.sglang": BASE
+    | {
+        "rollout",
+        "rollout.sglang.audit",
+        "rollout.sglang.client",
+        "rollout.sglang.servers",
+        "rollout.sglang.weights",
+        "trajectories",
+    },
     "policy": BASE | {"algorithm", "machine", "trajectories", "plan", "policy.head"},
     "evaluation": BASE | {"data", "plan", "policy", "rewards", "rollout", "rollout.sglang", "trajectories"},
     "run.alarm": BASE,
@@ -47,12 +61,14 @@ ALLOWED = {
         "rewards",
         "rollout",
         "rollout.sglang",
+        "rollout.sglang.audit",
         "run.alarm",
         "run.metrics",
         "run.progress",
         "run.directory",
         "trajectories",
     },
+    "run.serve": BASE | {"registry", "rollout.sglang.client", "rollout.sglang.servers", "run.directory"},
     "analysis": BASE | READERS | {"algorithm"},
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "replay.float64": {"errors", "trajectories"},
@@ -69,6 +85,7 @@ ALLOWED = {
         "replay",
         "run",
         "run.directory",
+        "run.serve",
         "sweep",
         "train",
     },
@@ -82,15 +99,15 @@ MAY_SAY_CUDA = {
     "machine/doctor.py": "reports what the machine has",
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
-    "rollout/sglang/buckets.py": "waits for the stream of a tensor that another thread sends",
-    "rollout/sglang/weights.py": "NCCL broadcasts on the device of the tensor that it is given",
+    "rollout/sglang/weights/buckets.py": "waits for the stream of a tensor that another thread sends",
+    "rollout/sglang/weights/broadcast.py": "NCCL broadcasts on the device of the tensor that it is given",
 }
 
 
 def room_of(parts: list[str]) -> str:
-    """policy/step.py -> policy; rollout/sglang/pool.py -> rollout.sglang; train.py -> train."""
-    within = ".".join(parts[:2])
-    return within if within in ALLOWED else parts[0]
+    """policy/step.py -> policy; rollout/sglang/servers/pool.py -> rollout.sglang.servers; train.py -> train."""
+    inner = (".".join(parts[:depth]) for depth in (3, 2))
+    return next((room for room in inner if room in ALLOWED), parts[0])
 
 
 def room(source: Path) -> str:
@@ -154,7 +171,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py", "evaluation/engines.py"}
+    assert others == {"run/run.py", "run/serve.py", "evaluation/engines.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 SUBMISSIONS = "submissions"  # a folder in it for each submission, by number
 JOB = "job_id"  # in that folder, once Slurm has taken it
+SERVERS_JOB = "servers_job_id"  # the same of the job (an array) of its servers
+SERVERS = "servers"  # a folder in which servers register; slurm/lib.sh knows the name as well
+KEY_VARIABLE = "GTPO_SERVERS_KEY"  # in which slurm/lib.sh gives ranks and servers their key
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,12 @@ class Attempt:
     number: int
     job_id: str
     step: int
-    how: str  # exit code, or "term"
+    how: str  # exit code, "term", or "hung"
 
 
-def job_ids(run: Path) -> list[str]:
-    """The jobs that were submitted for a run, oldest first."""
-    files = [path for path in run.glob(f"{SUBMISSIONS}/*/{JOB}") if path.parent.name.isdigit()]
+def job_ids(run: Path, file: str = JOB) -> list[str]:
+    """The jobs that were submitted for a run, oldest first; with SERVERS_JOB those of its servers."""
+    files = [path for path in run.glob(f"{SUBMISSIONS}/*/{file}") if path.parent.name.isdigit()]
     return [path.read_text().strip() for path in sorted(files, key=lambda path: int(path.parent.name))]
 
 

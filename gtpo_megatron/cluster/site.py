@@ -59,7 +59,13 @@ class Site(Section):
     stop_before_s: int = Field(
         300, ge=60, description="seconds before the time limit at which a run is asked to save and stop"
     )
+    hung_after_s: int = Field(
+        90, ge=0, description="seconds without a sign of life after which a rank counts as hung; 0: never"
+    )
     sbatch: tuple[str, ...] = Field((), description="more options, e.g. --exclusive")
+    sbatch_servers: tuple[str, ...] = Field(
+        (), description="more options of jobs of servers, e.g. --partition=preempt"
+    )
     modules: tuple[str, ...] = Field((), description="environment modules to load")
     container: ContainerConfig = ContainerConfig()
     python: str | None = Field(
@@ -68,7 +74,7 @@ class Site(Section):
     interface: str | None = Field(None, description="network interface of NCCL and gloo, e.g. ib0")
     env: dict[str, str] = Field({}, description="more variables of the ranks")
 
-    @field_validator("sbatch")
+    @field_validator("sbatch", "sbatch_servers")
     @classmethod
     def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [option for option in options if not option.startswith("-") or "\n" in option]:

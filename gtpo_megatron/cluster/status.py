@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gtpo_megatron.cluster.record import Attempt, job_ids, read_attempts
+from gtpo_megatron.cluster.record import SERVERS, SERVERS_JOB, Attempt, job_ids, read_attempts
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.registry import Server, registered
 from gtpo_megatron.run.directory import Lease, Status, read_lease, read_status
 
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: several lines
@@ -39,6 +40,8 @@ class Picture:
     attempts: list[Attempt]
     last: dict[str, Any]  # the newest line of metrics.jsonl
     problems: list[str]  # files that cannot be read
+    servers: list[Server] = field(default_factory=list)  # that are up, of those that register
+    servers_jobs: list[QueuedJob] = field(default_factory=list)
     time: float = field(default_factory=time.time)
 
     @property
@@ -72,6 +75,8 @@ class Picture:
             "status": plain(self.status),
             "lease": plain(self.lease),
             "jobs": [vars(job) for job in self.jobs],
+            "servers_jobs": [vars(job) for job in self.servers_jobs],
+            "servers": [vars(server) for server in self.servers],
             "attempts": [vars(attempt) for attempt in self.attempts],
             "steps_at_risk": self.at_risk,
             "seconds": seconds(self.last),
@@ -93,8 +98,18 @@ def look(run: Path) -> Picture:
         lease = read_lease(run)
     except UserError as error:
         problems.append(str(error))
+    ids, of_servers = job_ids(run), job_ids(run, SERVERS_JOB)
+    jobs = queued([*ids, *of_servers])
     return Picture(
-        str(run), status, lease, queued(job_ids(run)), read_attempts(run), newest_metrics(run), problems
+        str(run),
+        status,
+        lease,
+        [job for job in jobs if job.job_id in ids],
+        read_attempts(run),
+        newest_metrics(run),
+        problems,
+        registered(run / SERVERS),
+        [job for job in jobs if job.job_id not in ids],
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from gtpo_megatron import __version__
+from gtpo_megatron.cluster.pulse import give_pulse
 from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
@@ -25,6 +26,8 @@ from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
 from gtpo_megatron.commands.plan import plan
 from gtpo_megatron.commands.replay import EPILOG as REPLAY_EPILOG
 from gtpo_megatron.commands.replay import replay
+from gtpo_megatron.commands.serve import EPILOG as SERVE_EPILOG
+from gtpo_megatron.commands.serve import serve
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
 from gtpo_megatron.commands.status import status
 from gtpo_megatron.commands.submit import EPILOG as SUBMIT_EPILOG
@@ -54,6 +57,7 @@ app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=REPLAY_EPILOG)(replay)
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)
 app.command(epilog=SWEEP_EPILOG)(sweep)
@@ -104,6 +108,9 @@ def train(
     check_run(config, _env_world_size() or 1)
     from gtpo_megatron.train import train as run_training
 
+    # not before: loading torch's libraries from a slow file system may keep Python still for minutes
+    give_pulse(os.environ)
+
     raise typer.Exit(run_training(config))
 
 
@@ -134,10 +141,9 @@ def report(
 
     Of several runs metrics are overlaid in one plot and table; the seeds of one recipe are shown as mean and band.
     """
-    from gtpo_megatron.analysis.recipes import compare_runs
-    from gtpo_megatron.analysis.report import write_report
-
     if len(run_dirs) > 1:
+        from gtpo_megatron.analysis.recipes import compare_runs
+
         written = compare_runs(run_dirs, output or run_dirs[0].parent)
         typer.echo(f"{written}\n{written.with_suffix('.png')}")
         return
@@ -146,6 +152,8 @@ def report(
     (run_dir,) = run_dirs
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: no metrics.jsonl there; give a run's directory, e.g. runs/quickstart")
+    from gtpo_megatron.analysis.report import write_report
+
     write_report(run_dir)
 
 

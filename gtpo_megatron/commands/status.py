@@ -12,7 +12,7 @@ from gtpo_megatron.cluster.status import Picture, look, seconds
 
 EPILOG = "Example: gtpo-megatron status runs/quickstart"
 ATTEMPTS_SHOWN = 5
-HOW = {"0": "complete", "2": "mistake", "3": "stopped", "term": "ended by Slurm"}
+HOW = {"0": "complete", "2": "mistake", "3": "stopped", "term": "ended by Slurm", "hung": "a rank hung"}
 
 
 def status(
@@ -55,6 +55,13 @@ def lines(picture: Picture) -> Iterator[tuple[str, str]]:
     for job in picture.jobs:
         where = f"on {job.nodes}, {job.time_left} left" if job.nodes else f"({job.reason})"
         yield "job", f"{job.job_id} {job.state.lower()} {where}"
+    for job in picture.servers_jobs:
+        yield (
+            "servers",
+            f"job {job.job_id} {job.state.lower()} {f'on {job.nodes}' if job.nodes else f'({job.reason})'}",
+        )
+    for server in picture.servers:
+        yield "server", f"{server.url}, up for {_span(picture.time - server.since)}"
     for attempt in picture.attempts[-ATTEMPTS_SHOWN:]:
         how = HOW.get(attempt.how, f"failed with {attempt.how}")
         yield "attempt", f"{attempt.number}: job {attempt.job_id}, {how} at step {attempt.step}"

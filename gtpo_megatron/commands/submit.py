@@ -3,34 +3,31 @@
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gtpo_megatron.commands.arguments import Recipe, Settings
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from gtpo_megatron.cluster.site import Site
     from gtpo_megatron.cluster.submission import Job
 
 EPILOG = (
     "Examples:\n\n"
     "gtpo-megatron submit RECIPE.yaml --site pyxis --nodes 16 training.steps=500\n\n"
-    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run"
+    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run\n\n"
+    "gtpo-megatron submit SWEEP.yaml --sweep --site mysite.yaml --nodes 2 --at-once 4"
 )
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file", metavar="RECIPE.yaml", show_default=False)],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Overlay files and overrides, as for train",
-            metavar="OVERLAY.yaml|KEY=VALUE",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: Recipe,
+    settings: Settings = None,
     site: Annotated[
         str, typer.Option(help="Facts of the cluster: a file, or a name in slurm/sites.", show_default=False)
     ] = ...,
@@ -41,9 +38,21 @@ def submit(
     time: Annotated[
         str | None, typer.Option(help="Time limit of a job. Default: the site's.", show_default=False)
     ] = None,
+    servers: Annotated[
+        int, typer.Option(min=0, help="More nodes, of the same job, that run SGLang servers.")
+    ] = 0,
+    servers_job: Annotated[
+        int, typer.Option(min=0, help="Jobs of one node each that run SGLang servers, and may come and go.")
+    ] = 0,
     retries: Annotated[
         int, typer.Option(min=0, help="Times that the job is requeued without a new step.")
     ] = 3,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="RECIPE is a sweep file: a job array, an element a run.")
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Runs of a sweep at a time. Default: all.", show_default=False)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write and check the files; submit nothing.")
     ] = False,
@@ -54,16 +63,14 @@ def submit(
     """
     from gtpo_megatron.cluster import submission
     from gtpo_megatron.cluster.site import load_site
-    from gtpo_megatron.config.loading import load_recipe, to_yaml
-    from gtpo_megatron.run.identity import check_directory
+    from gtpo_megatron.config.loading import load_recipe
 
     facts = load_site(site)
-    config = load_recipe(recipe, settings or [])
     gpus = facts.gpus_per_node if gpus_per_node is None else gpus_per_node
     in_container = facts.container.kind != "none"
-    job = submission.Job(
-        name=config.name,
-        run=Path(os.path.abspath(config.path)),
+    shape = submission.Job(
+        name=recipe.stem,
+        run=Path.cwd(),
         folder=Path.cwd(),
         nodes=nodes,
         ranks_per_node=gpus_per_node or facts.ranks_per_node or gpus,
@@ -71,15 +78,88 @@ def submit(
         time=time or facts.time,
         retries=retries,
         python=facts.python or ("python3" if in_container else sys.executable),
+        servers=servers,
+        servers_jobs=servers_job,
     )
-    check_allocation(config, job, facts.compute_capability)
-    check_directory(config)
-    folder = submission.write(job, facts, to_yaml(config))
-    typer.echo(f"{job.nodes} nodes x {job.ranks_per_node} ranks: {folder / submission.SCRIPT}")
-    if dry_run:
-        typer.echo(shlex.join(submission.command(folder)))
+    words = settings or []
+    if at_once and not sweep:
+        raise UserError(
+            "--at-once: how many runs of a sweep run at a time; it needs --sweep and a sweep file"
+        )
+    if sweep:
+        _submit_sweep(recipe, words, shape, facts, at_once, dry_run)
         return
-    typer.echo(f"job {submission.submit(folder)}; where it is: gtpo-megatron status {config.path}")
+    config = load_recipe(recipe, words)
+    if servers or servers_job:
+        job = submission.of_run(shape, config)
+        config = load_recipe(recipe, [*words, *_servers_settings(config, job)])
+    folder = _write(config, shape, facts)
+    typer.echo(f"{nodes} nodes x {shape.ranks_per_node} ranks: {folder / submission.SCRIPT}")
+    if dry_run:
+        for line in submission.commands(folder):
+            typer.echo(shlex.join(line))
+        return
+    typer.echo(f"job {', '.join(submission.submit(folder))}; where it is: gtpo-megatron status {config.path}")
+
+
+def _write(config: RunConfig, shape: "Job", site: "Site") -> Path:
+    """Check the run against its directory and its nodes, and write the files of its submission."""
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.config.loading import to_yaml
+    from gtpo_megatron.run.identity import check_directory
+
+    job = submission.of_run(shape, config)
+    check_allocation(config, job, site.compute_capability)
+    check_directory(config)
+    return submission.write(job, site, to_yaml(config))
+
+
+def _submit_sweep(
+    file: Path, words: list[str], shape: "Job", site: "Site", at_once: int | None, dry_run: bool
+) -> None:
+    """A job array of the runs of a sweep that are not complete yet."""
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.sweep.design import load_sweep
+    from gtpo_megatron.sweep.runner import is_complete
+
+    if shape.servers or shape.servers_jobs:
+        raise UserError(
+            "--sweep with --servers or --servers-job: each run needs servers of its own; write the runs' recipes by "
+            "`gtpo-megatron sweep SWEEP.yaml --write DIR`, and submit them one by one"
+        )
+    runs = [run for run in load_sweep(file, words) if not is_complete(run)]
+    if not runs:
+        typer.echo(f"{file}: all runs are complete")
+        return
+    folders = [_write(run.config, shape, site) for run in runs]
+    job = replace(shape, run=Path(os.path.abspath(runs[0].config.path.parent / f"{file.stem}.sweep")))
+    folder = submission.write_array(job, site, folders, at_once)
+    for index, run in enumerate(runs):
+        typer.echo(f"{index} {run.name}")
+    if dry_run:
+        typer.echo(shlex.join(*submission.commands(folder)))
+        return
+    array = submission.submit_array(folder, folders)
+    typer.echo(
+        f"job array {array}, logs in {job.run}; where a run is: gtpo-megatron status {runs[0].config.path}"
+    )
+
+
+def _servers_settings(config: RunConfig, job: "Job") -> list[str]:
+    from gtpo_megatron.cluster.record import KEY_VARIABLE
+    from gtpo_megatron.cluster.submission import servers_settings
+
+    if job.servers and job.servers_jobs:
+        raise UserError(
+            "--servers and --servers-job: servers are in the run's job or in jobs of their own; give one of the two"
+        )
+    if config.rollout.engine != "sglang":
+        raise UserError(
+            f"--servers: SGLang servers, but rollout.engine is {config.rollout.engine}; set rollout.engine=sglang"
+        )
+    section = config.rollout.sglang
+    found = servers_settings(job, section.tensor, section.servers)
+    return found if section.api_key else [*found, f"rollout.sglang.api_key=env:{KEY_VARIABLE}"]
 
 
 def check_allocation(config: RunConfig, job: "Job", capability: float) -> None:

@@ -12,7 +12,15 @@ class SGLangConfig(Section):
 
     urls: tuple[str, ...] = Field((), description="servers that already run")
     urls_file: str | None = Field(None, description="file with one URL a line; read again when it changes")
-    servers: int = Field(1, ge=1, le=10_000, description="servers to start here when no URLs are given")
+    urls_dir: str | None = Field(
+        None, description="folder in which servers register themselves (`serve`); they may come and go"
+    )
+    servers: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="servers to start here when no URLs are given; by `serve`, on each node",
+    )
     tensor: int = Field(1, ge=1, le=10_000, description="tensor parallelism of each started server")
     first_gpu: int | None = Field(
         None,
@@ -61,6 +69,11 @@ class SGLangConfig(Section):
         600.0, gt=0, le=604_800, description="how long to wait with no server left before saving and stopping"
     )
     args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
+
+    @property
+    def given(self) -> bool:
+        """Whether others start the servers."""
+        return bool(self.urls or self.urls_file or self.urls_dir)
 
     def gpus(self, local_ranks: int) -> range:
         """The GPUs of the started servers, `tensor` each in turn, on a machine with so many ranks of the trainer."""

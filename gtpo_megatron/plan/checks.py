@@ -109,8 +109,9 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
                 f"rollout.batch_size: {rollout.batch_size} belongs to rollout.engine: embedded; "
                 "with sglang set rollout.sglang.concurrency"
             )
-        if server.urls and server.urls_file:
-            yield "rollout.sglang.urls and rollout.sglang.urls_file: give one of the two"
+        given = [f"rollout.sglang.{key}" for key in ("urls", "urls_file", "urls_dir") if getattr(server, key)]
+        if len(given) > 1:
+            yield f"{' and '.join(given)}: give one of the two"
         for key in ("servers", "tensor", "first_gpu"):
             value = getattr(server, key)
             if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
@@ -159,8 +160,7 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
 def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     """SGLang servers to be started here for which there are no GPUs."""
     server = config.rollout.sglang
-    given = server.urls or server.urls_file
-    if config.rollout.engine != "sglang" or given or not machine.gpus:
+    if config.rollout.engine != "sglang" or server.given or not machine.gpus:
         return
     gpus = server.gpus(machine.local_ranks)
     if gpus.stop > machine.gpus:

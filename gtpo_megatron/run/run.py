@@ -248,8 +248,8 @@ class Run:
         return nullcontext() if engine.updates_in_flight else self.engine_lock
 
     def _certify(self) -> None:
-        """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.certificate."""
-        from gtpo_megatron.rollout.sglang.certificate import certify, default_bound
+        """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.audit.certificate."""
+        from gtpo_megatron.rollout.sglang.audit.certificate import certify, default_bound
 
         config = self.config
         fixed = [

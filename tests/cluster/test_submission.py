@@ -82,10 +82,10 @@ def test_options_of_the_job_come_after_those_of_the_file(job: Job) -> None:
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
         "--cpus-per-task=12",
+        "--signal=USR1@600",
         "--time=04:00:00",
         "--account=a",
         "--partition=p",
-        "--signal=USR1@600",
         f"--chdir={job.folder}",
         f"--output={job.run}/slurm-%j.log",
         "--exclusive",
@@ -111,7 +111,8 @@ def test_bare_nodes_with_modules_and_variables(job: Job, tmp_path: Path) -> None
     environ = (tmp_path / "words.env").read_text().splitlines()
     expected = {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "NOTE=it's $HOME; `date`", "N=22"}
     assert expected <= set(environ)
-    assert {path.name for path in folder.iterdir()} == {"train.sbatch", "lib.sh", "recipe.yaml", "site.yaml"}
+    written = {"train.sbatch", "convert.sbatch", "evaluate.sbatch", "lib.sh", "recipe.yaml", "site.yaml"}
+    assert {path.name for path in folder.iterdir()} == written
     assert (folder / "recipe.yaml").read_text() == "name: trial\n"
 
 
@@ -241,3 +242,124 @@ def test_attempts_without_a_new_step(tmp_path: Path, rows: list[str], stuck: int
     done = subprocess.run(["bash", "-c", count], env={"SLURM_JOB_ID": "9"}, capture_output=True, text=True)
     assert done.stdout.strip() == str(stuck), done.stderr
     assert [attempt.number for attempt in read_attempts(tmp_path)] == list(range(1, len(rows) + 1))
+
+
+def test_servers_in_the_job_are_more_nodes_of_it(job: Job) -> None:
+    with_servers = replace(job, servers=2)
+    text = script(with_servers, a_site(), job.run / "submissions" / "1", TEMPLATE)
+    assert "--nodes=6" in options_of(text) and "\nservers=2\n" in text
+    assert "serve.sbatch" not in submission.scripts_of(with_servers)
+
+
+def test_servers_in_jobs_of_their_own_are_an_array(job: Job) -> None:
+    site = a_site(partition="p", cpus_per_rank=4, sbatch=["--mem=0"], sbatch_servers=["--partition=preempt"])
+    folder = write(replace(job, servers_jobs=3), site, "name: trial\n")
+    assert "\nservers=jobs\n" in (folder / "train.sbatch").read_text()
+    assert "--nodes=4" in options_of((folder / "train.sbatch").read_text())
+    asked = options_of((folder / "serve.sbatch").read_text())
+    assert asked[asked.index("--job-name=trial-serve") :] == [
+        "--job-name=trial-serve",
+        "--array=1-3",
+        "--nodes=1",
+        "--gpus-per-node=8",
+        "--cpus-per-task=32",
+        "--time=04:00:00",
+        "--partition=p",
+        f"--chdir={job.folder}",
+        f"--output={job.run}/slurm-%j.log",
+        "--mem=0",
+        "--partition=preempt",
+    ]
+    assert submission.commands(folder) == [
+        ["sbatch", "--parsable", f"{folder}/{name}"] for name in ("train.sbatch", "serve.sbatch")
+    ]
+
+
+@pytest.mark.parametrize("tensor, servers, expected", [(2, 1, 4), (8, 1, 1), (3, 1, 2), (2, 3, 3)])
+def test_a_node_has_as_many_servers_as_it_has_gpus_for(
+    job: Job, tensor: int, servers: int, expected: int
+) -> None:
+    settings = submission.servers_settings(job, tensor, servers)
+    assert settings == [
+        f"rollout.sglang.urls_dir={job.run}/servers",
+        f"rollout.sglang.servers={expected}",
+    ]
+
+
+def test_a_server_larger_than_a_node_is_a_mistake(job: Job) -> None:
+    with pytest.raises(UserError, match="rollout.sglang.tensor: 16, but a node has 8 GPUs"):
+        submission.servers_settings(job, 16, 1)
+
+
+def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) -> None:
+    ask = f'source {SCRIPTS / "lib.sh"}; servers_key {tmp_path}; echo "$GTPO_SERVERS_KEY"'
+    keys = [subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout for _ in range(2)]
+    assert keys[0] == keys[1] and len(keys[0].strip()) == 48 and keys[0].strip().isalnum()
+    assert [path.name for path in (tmp_path / "servers").iterdir()] == [".key"]
+    assert (tmp_path / "servers" / ".key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "convert.sbatch",
+            ["convert", "megatron-to-hf", "{run}/checkpoints/latest", "{run}/converted", "--x"],
+        ),
+        (
+            "evaluate.sbatch",
+            [
+                "evaluate",
+                "{folder}/recipe.yaml",
+                "rollout.engine=embedded",
+                "parallel.tensor=1",
+                "parallel.pipeline=1",
+                "parallel.virtual_pipeline=",
+                "parallel.context=1",
+                "parallel.expert=1",
+                "parallel.sequence=false",
+                "model.path={run}/checkpoints/latest",
+                "--x",
+            ],
+        ),
+    ],
+)
+def test_commands_after_a_run_have_its_facts(job: Job, tmp_path: Path, name: str, words: list[str]) -> None:
+    folder = write(job, a_site(partition="p"), "name: trial\n")
+    text = (folder / name).read_text()
+    asked = options_of(text)
+    assert asked[asked.index("--no-requeue") + 1 :][:5] == [
+        "--job-name=trial",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        "--time=04:00:00",
+    ]
+    text = text.replace("set -uo pipefail", "set -uo pipefail; set -- --x")  # as a word of sbatch
+    found = srun_of(text, tmp_path)
+    expected = [word.format(run=job.run, folder=folder) for word in words]
+    assert found[found.index("gtpo_megatron") + 1 :] == expected
+
+
+def test_the_trained_policy_is_evaluated_where_it_was_exported(job: Job, tmp_path: Path) -> None:
+    folder = write(job, a_site(), "name: trial\n")
+    (job.run / "hf").mkdir()
+    assert f"model.path={job.run}/hf" in srun_of((folder / "evaluate.sbatch").read_text(), tmp_path)
+
+
+def test_a_sweep_is_an_array_whose_elements_run_the_scripts_of_its_runs(job: Job, tmp_path: Path) -> None:
+    runs = [replace(job, run=tmp_path / "runs" / name) for name in ("a b", "c")]
+    folders = [write(run, a_site(), "name: trial\n") for run in runs]
+    of_array = replace(job, name="both", run=tmp_path / "runs" / "both.sweep")
+    folder = submission.write_array(of_array, a_site(), folders, at_once=1)
+    text = (folder / "array.sbatch").read_text()
+    assert {"--job-name=both", "--array=0-1%1", "--requeue", "--signal=USR1@300"} <= set(options_of(text))
+    assert options_of(text)[-1] == f"--output={of_array.run}/slurm-%A_%a.log"
+    for folder in folders:
+        (folder / "train.sbatch").write_text(f'echo "{folder}" "$@"')
+    for index, expected in enumerate(folders):
+        environ = {"SLURM_ARRAY_TASK_ID": str(index), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            ["bash", "-c", text, "array", "more"], env=environ, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{expected} more\n"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor
 from gtpo_megatron.rollout.sglang import SGLangEngine, Timing
-from gtpo_megatron.rollout.sglang.servers import Launch, Process, end_all, make_launch
+from gtpo_megatron.rollout.sglang.servers.launch import Launch, Process, end_all, make_launch
 from tests.sglang.proxy import FaultyProxy
 from tests.tiny_models import make_tiny_checkpoint
 

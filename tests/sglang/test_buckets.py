@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gtpo_megatron.rollout.sglang.buckets import Snapshot, pack
-from gtpo_megatron.rollout.sglang.weights import pickle_tensors
+from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot, pack
+from gtpo_megatron.rollout.sglang.weights.pickled import pickle_tensors
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 SHAPES = st.lists(st.integers(0, 5), max_size=3)

@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang.certificate import certify, default_bound, mismatch
+from gtpo_megatron.rollout.sglang.audit.certificate import certify, default_bound, mismatch
 from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
 
 

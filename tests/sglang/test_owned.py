@@ -13,8 +13,9 @@ import pytest
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang import SGLangEngine, servers
-from gtpo_megatron.rollout.sglang.servers import WATCHDOG, make_launch
+from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang.servers import launch
+from gtpo_megatron.rollout.sglang.servers.launch import WATCHDOG, make_launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,11 +143,11 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest
 
 def test_every_server_gets_gpus_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(servers, "_start", lambda command, *_: started.append(command))
+    monkeypatch.setattr(launch, "_start", lambda command, *_: started.append(command))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for config in (SGLangConfig(servers=3, tensor=2), SGLangConfig(servers=2, first_gpu=0)):
         config = config.model_copy(update={"python": sys.executable})
-        launch = make_launch(config, "m", "bf16", "cuda", tmp_path)
+        made = make_launch(config, "m", "bf16", "cuda", tmp_path)
         for index in range(config.servers):
-            launch.server(index)
+            made.server(index)
     assert [command[command.index("--base-gpu-id") + 1] for command in started] == ["2", "4", "6", "0", "1"]

@@ -12,7 +12,7 @@ import pytest
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.rollout.sglang.client import Client
-from gtpo_megatron.rollout.sglang.verify import differing_tensors
+from gtpo_megatron.rollout.sglang.weights.verify import differing_tensors
 from gtpo_megatron.run.metrics import read_metrics
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.parallel.pool import RankPool

@@ -13,7 +13,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
-from gtpo_megatron.rollout.sglang.buckets import Snapshot
+from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot
 from tests.parallel.pool import RankPool
 from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, run_servers, weights_of
 

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from gtpo_megatron.cluster.record import job_ids
+from tests.sglang.conftest import sglang_python as sglang_python  # the fixture
+from tests.slurm.runs import TRAIN
 from tests.slurm.virtual import CannotRun, VirtualSlurm, install
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +92,17 @@ def site(tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump(facts))
     return path
+
+
+@pytest.fixture
+def submit(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
+) -> Callable[..., str]:
+    """Submit the recipe by the command line, on two nodes, under a name: the job's number."""
+
+    def call(name: str, *words: str) -> str:
+        command = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", f"name={name}", *words)
+        cluster.run(*command, environment=environment)
+        return job_ids(recipe.parent / "runs" / name)[-1]
+
+    return call

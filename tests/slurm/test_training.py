@@ -3,55 +3,21 @@
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
 from gtpo_megatron.run.metrics import read_metrics
+from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
-TRAIN = (sys.executable, "-m", "gtpo_megatron")
-
-
-@pytest.fixture
-def submit(
-    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
-) -> Callable[..., str]:
-    """Submit the recipe by the command line, on two nodes, under a name: the job's number."""
-
-    def call(name: str, *words: str) -> str:
-        command = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", f"name={name}", *words)
-        cluster.run(*command, environment=environment)
-        return job_ids(recipe.parent / "runs" / name)[-1]
-
-    return call
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not after {timeout_s} s: {what}"
-        time.sleep(0.05)
-
-
-def steps(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    return [row["step"] for row in read_metrics(path)] if path.exists() else []
-
-
-def last_line(run: Path, job_id: str) -> str:
-    return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
-
-
-def ended(run: Path) -> list[list[str]]:
-    return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
@@ -61,13 +27,6 @@ def figures(run: Path) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
         for row in read_metrics(run / "metrics.jsonl")
     ]
-
-
-def hold(run: Path, step: int) -> None:
-    """Let the run wait after this step."""
-    partial = run.parent / "hold.partial"
-    partial.write_text(f"{run / 'metrics.jsonl'} {step}")
-    partial.replace(run.parents[1] / "hold")
 
 
 def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
@@ -137,6 +96,74 @@ def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
     cluster.wait_until_idle()
 
 
+def test_a_rank_that_hangs_is_found_and_the_job_goes_on_without_its_node(
+    cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
+) -> None:
+    with site.open("a") as file:
+        file.write("hung_after_s: 15\n")
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 3)
+    job_id = submit("small", "training.steps=5")
+    wait_until(lambda: len(steps(run)) == 3, "three steps")
+    assert sorted(path.name for path in (run / "attempts/1/pulse").glob("[0-9]*")) == ["0.node1", "1.node2"]
+    rank = cluster.run("pgrep", "-f", "gtpo_megatron train", node="node2").stdout.split()[-1]
+    cluster.run("kill", "-STOP", rank, node="node2")
+    hold(run, 10)  # rank 0 waits for the other in a collective
+    job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"], job["ExcNodeList"]) == ("COMPLETED", "1", "node2")
+    assert "node2" not in job["NodeList"]
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert "END failed at step 3: rank.node 1.node2 gave no sign of life for 15 s; " in log
+    assert "; requeued without node2" in log
+    assert "gtpo_megatron/train.py" in (run / "attempts/1/rank-0.log").read_text()  # where it waited
+    assert [row[1:] for row in ended(run)] == [[job_id, "3", "hung"], [job_id, "5", "0"]]
+    assert steps(run) == [1, 2, 3, 4, 5]
+    assert list((run / "attempts/2/pulse").glob("[0-9]*")) == []
+
+
+def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 2)
+    job_id = submit("small", "training.steps=4")
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    words = ("--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
+    urgent = cluster.run("sbatch", *words, "--wrap=true", environment=environment).stdout.strip()
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    (run.parents[1] / "hold").unlink()
+    assert cluster.wait_for_job(urgent)["JobState"] == "COMPLETED"
+    job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    first = ended(run)[0][1:]
+    assert first == [job_id, "3", "term"]  # the step under way was finished, and saved
+    assert steps(run) == [1, 2, 3, 4]
+
+
+def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
+) -> None:
+    file = recipe.parent / "rates.yaml"
+    axes = {"lr": {"low": ["optimizer.lr=1e-3"], "high": ["optimizer.lr=1e-2"]}}
+    file.write_text(yaml.safe_dump({"name": "rate", "recipe": recipe.name, "axes": axes}))
+    command = (*TRAIN, "submit", file, "--sweep", "--site", site, "--nodes", "2")
+    command += ("training.steps=1", "optimizer.warmup_steps=0")
+    shown = cluster.run(*command, environment=environment).stdout
+    runs = [recipe.parent / "runs" / name for name in ("rate-high", "rate-low")]
+    jobs = [job_ids(run)[-1] for run in runs]
+    array = jobs[0].removesuffix("_0")
+    assert jobs == [f"{array}_0", f"{array}_1"] and f"job array {array}, " in shown
+    for run, job_id in zip(runs, jobs, strict=True):
+        assert cluster.wait_for_job(job_id)["JobState"] == "COMPLETED"
+        assert steps(run) == [1]
+        log = recipe.parent / "runs" / "rates.sweep" / f"slurm-{job_id}.log"
+        assert log.read_text().splitlines()[-1].endswith("END complete at step 1")
+    shown = cluster.run(*command, environment=environment).stdout
+    assert shown == f"{file}: all runs are complete\n"
+
+
 def test_a_run_is_stopped_for_good_and_later_cancelled(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -197,3 +224,36 @@ def test_a_job_that_never_makes_a_step_is_requeued_no_more_than_it_may(
     *_, log, line = (run / f"slurm-{job_id}.log").read_text().splitlines()
     assert "END failed 2 times without a new step after step 0, not requeued: node" in line
     assert log == "out of luck"
+
+
+def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhile(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+) -> None:
+    (recipe.parent / "runs").mkdir()
+    run = recipe.parent / "runs" / "small"
+    hold(run, 2)
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(values | {"evaluation": {"data": values["data"]}}))
+    job_id = submit("small", "training.steps=4")
+    files = run / "submissions" / "1"
+
+    def after(job: str, name: str, *words: str) -> str:
+        command = ("sbatch", "--parsable", f"--dependency=afterok:{job}", files / name, *words)
+        return cluster.run(*command, environment=environment).stdout.strip()
+
+    conversion = after(job_id, "convert.sbatch", "--no-logits")
+    evaluation = after(conversion, "evaluate.sbatch", f"model.path={run / 'converted'}")
+    refused = after(conversion, "convert.sbatch")  # there is one already
+    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    cluster.run("scancel", "--signal=USR1", job_id)
+    wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
+    (run.parents[1] / "hold").unlink()
+    assert cluster.wait_for_job(job_id)["Restarts"] == "1"
+    assert cluster.wait_for_job(evaluation)["JobState"] == "COMPLETED"
+    assert (run / "converted" / "config.json").exists()
+    assert last_line(run, conversion).endswith(f"END complete: {run / 'converted'}")
+    log = run / "evaluating" / "1" / "rank-0.log"
+    assert last_line(run, evaluation).endswith(f"the figures are in {log}")
+    assert f"scoring model.path: {run / 'converted'}" in log.read_text()
+    assert cluster.wait_for_job(refused)["ExitCode"] == f"{MISTAKE}:0"
+    assert "END mistake: gtpo-megatron: " in last_line(run, refused)

@@ -78,7 +78,10 @@ SlurmdTimeout=10
 KillWait=20
 MinJobAge=3600
 NodeName=node[1-{count}] NodeAddr={network}.[11-{last}] CPUs=16 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 

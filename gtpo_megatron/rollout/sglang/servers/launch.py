@@ -16,7 +16,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.network import is_loopback
 
 Device = Literal["cpu", "cuda"]
-STUBS = Path(__file__).parent / "cpu_stubs"
+STUBS = Path(__file__).parents[1] / "cpu_stubs"
 WATCHDOG = Path(processes.__file__)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 KEY_VARIABLE = "GTPO_SGLANG_API_KEY"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import Refused, ServerFault
-from gtpo_megatron.rollout.sglang.pool import Pool, Worker
-from gtpo_megatron.rollout.sglang.verify import differing_tensors
+from gtpo_megatron.rollout.sglang.servers.pool import Pool
+from gtpo_megatron.rollout.sglang.servers.states import Worker
+from gtpo_megatron.rollout.sglang.weights.verify import differing_tensors
 
 T = TypeVar("T")
 Answers = dict[str, T | ServerFault | Refused]  # by URL
@@ -32,7 +33,7 @@ async def differences(pool: Pool, checkpoint: Path) -> dict[str, str]:
         try:
             patience = pool.timing.transfer_s, pool.timing.control_s
             names = await differing_tensors(
-                pool.client, worker.url, str(checkpoint), str(pool.tag), *patience
+                pool.client, worker.url, str(checkpoint), str(pool.fleet.tag), *patience
             )
         except Refused as refusal:
             raise Refused(
@@ -42,7 +43,7 @@ async def differences(pool: Pool, checkpoint: Path) -> dict[str, str]:
         return f"{len(names)} tensors differ: {', '.join(names[:8])}" if names else ""
 
     async def compare_all(workers: list[Worker]) -> Answers[str]:
-        async with pool.paused() as faults:
+        async with pool.updates.paused() as faults:
             workers = [worker for worker in workers if worker.state == "ready"]
             faults |= {worker.url: "was left in the middle of a comparison" for worker in workers}
             found = await _each(pool, workers, compare)
@@ -65,7 +66,7 @@ async def scores(
         calls = (pool.client.score(worker.url, prompt, tokens) for prompt, tokens in sequences)
         return list(await asyncio.gather(*calls))
 
-    return await _of_every_server(pool, lambda workers: _each(pool, workers, score, pool.suspect))
+    return await _of_every_server(pool, lambda workers: _each(pool, workers, score, pool.fleet.suspect))
 
 
 async def _each(
@@ -78,7 +79,7 @@ async def _each(
 
     async def answer(worker: Worker) -> T | ServerFault | Refused:
         try:
-            found = await pool.ask(worker, ask(worker), on_fault)
+            found = await pool.fleet.ask(worker, ask(worker), on_fault)
         except (ServerFault, Refused) as fault:
             return fault
         worker.faults = 0
@@ -93,9 +94,9 @@ async def _of_every_server(pool: Pool, ask: Callable[[list[Worker]], Awaitable[A
     answers: dict[str, T] = {}
     fault = "none stayed ready"
     for _ in range(pool.timing.attempts):
-        await pool.wait_updated()
+        await pool.updates.wait_updated()
         faults = []
-        for url, answer in (await ask([w for w in pool.ready if w.url not in answers])).items():
+        for url, answer in (await ask([w for w in pool.fleet.ready if w.url not in answers])).items():
             if isinstance(answer, Refused):
                 raise answer
             if isinstance(answer, ServerFault):

@@ -5,25 +5,17 @@ fails on the way is left out and named; the others are done when `end` returns t
 """
 
 import asyncio
-import base64
-import io
-import pickle
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
-from multiprocessing.reduction import ForkingPickler
-from types import FunctionType
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
-from gtpo_megatron.network import gloo_towards, is_loopback, own_address
-from gtpo_megatron.rollout.sglang.buckets import Bucket, Snapshot
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
+from gtpo_megatron.rollout.sglang.weights.broadcast import Broadcast, Target
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Snapshot
+from gtpo_megatron.rollout.sglang.weights.pickled import pickle_tensors
 
 Method = Literal["distributed", "tensor", "disk"]
 MOVES_WEIGHTS = (
@@ -32,72 +24,6 @@ MOVES_WEIGHTS = (
     "/update_weights_from_disk",
     "/end_weight_update",  # quantises
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server to be updated: its URL and its number of ranks."""
-
-    url: str
-    ranks: int
-
-
-class Broadcast:
-    """A process group of the trainer's process (rank 0) and all ranks of some servers.
-
-    Made of a store and a backend of its own, so that the trainer's default group neither needs to exist nor sees it.
-    The key prefixes are those of torch's helper, through which the servers join.
-    """
-
-    def __init__(self, targets: Sequence[Target], device: torch.device, timeout_s: float) -> None:
-        self.targets = tuple(targets)
-        self.name = f"weights-{uuid.uuid4().hex[:8]}"
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
-        self.world_size = 1 + sum(target.ranks for target in targets)
-        self.device = device
-        self._timeout = timedelta(seconds=timeout_s)
-        self.host = _own_address(targets)
-        self._store = TCPStore(
-            self.host, 0, self.world_size, is_master=True, timeout=self._timeout, wait_for_workers=False
-        )
-        self.port = self._store.port
-        self._group: Any = None
-
-    def join(self) -> None:
-        """Rank 0's part of the rendezvous; blocks until the servers have joined."""
-        store: Store = PrefixStore(f"{self.name}/", PrefixStore(self.name, self._store))
-        if self.backend == "nccl":
-            from torch.distributed import ProcessGroupNCCL  # torch without CUDA lacks the name
-
-            torch.cuda.set_device(self.device)
-            options = ProcessGroupNCCL.Options()
-            options._timeout = self._timeout
-            self._group = ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self.world_size, options)
-        else:
-            with gloo_towards(self.host):
-                self._group = ProcessGroupGloo(
-                    PrefixStore("cpu/", store), 0, self.world_size, timeout=self._timeout
-                )
-
-    def send(self, flat: torch.Tensor) -> None:
-        """Broadcast one tensor; returns when it has left (gloo) or has been enqueued and finished (NCCL)."""
-        options = torch.distributed.BroadcastOptions()
-        options.rootRank = 0
-        options.timeout = self._timeout
-        # Destroying a gloo group waits for its collectives: if `close` comes meanwhile, that must happen in this thread.
-        group = self._group
-        if flat.is_cuda:
-            torch.cuda.set_device(flat.device)
-        group.broadcast([flat], options).wait()
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
-
-    def close(self) -> None:
-        """Leave the group. A broadcast that hangs in another thread ends at its timeout (gloo) or at once (NCCL)."""
-        if self._group is not None and hasattr(self._group, "abort"):
-            self._group.abort()
-        self._group = None
-        del self._store
 
 
 @dataclass
@@ -283,43 +209,3 @@ async def _all_or_first_fault(parts: list[Awaitable[Any]], on_fault: Callable[[]
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-class _StoragePickler(pickle._Pickler):
-    """Writes torch's own name for what loads a storage's bytes.
-
-    megatron-core from 0.19 on puts a stricter function of its own in that place, and pickle would write that one's name,
-    which a server refuses and dies of. (The C pickler has no hook for the names of functions.)
-    """
-
-    def save_function(self, function: Any) -> None:
-        if function is not torch.storage._load_from_bytes:
-            return self.save_global(function)
-        self.save("torch.storage")
-        self.save("_load_from_bytes")
-        self.write(pickle.STACK_GLOBAL)
-        self.memoize(function)
-
-    dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
-
-
-def pickle_tensors(named: list[tuple[str, torch.Tensor]]) -> str:
-    """Named tensors as SGLang's servers unpickle them, base64: CUDA tensors as IPC handles, CPU tensors as their bytes.
-
-    torch could share CPU memory as well, but hands out file descriptors by a socket that a server cannot authenticate
-    to (it dies), or files through a daemon that outlives the run.
-    """
-    buffer = io.BytesIO()
-    if named[0][1].is_cuda:
-        ForkingPickler(buffer).dump(named)
-    else:  # a view would bring the whole bucket's bytes with it
-        _StoragePickler(buffer).dump([(name, tensor.clone()) for name, tensor in named])
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _own_address(targets: Sequence[Target]) -> str:
-    """The address of this machine by which the servers reach it. Raises UserError where there is no way to the first."""
-    remote = [host for t in targets if not is_loopback(host := urlsplit(t.url).hostname or "")]
-    if not remote:
-        return "127.0.0.1"
-    return own_address(remote[0])

@@ -1,0 +1,1 @@
+"""What servers hold and answer, compared with the trainer."""

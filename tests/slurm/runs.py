@@ -1,0 +1,38 @@
+"""What tests see of runs on the virtual cluster, and how they hold them."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gtpo_megatron.run.metrics import read_metrics
+
+TRAIN = (sys.executable, "-m", "gtpo_megatron")
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not after {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+def steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [row["step"] for row in read_metrics(path)] if path.exists() else []
+
+
+def last_line(run: Path, job_id: str) -> str:
+    return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
+
+
+def hold(run: Path, step: int) -> None:
+    """Let the run wait after this step."""
+    partial = run.parent / "hold.partial"
+    partial.write_text(f"{run / 'metrics.jsonl'} {step}")
+    partial.replace(run.parents[1] / "hold")
+
+
+def ended(run: Path) -> list[list[str]]:
+    return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
