@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gtpo_megatron.config import RunConfig
+from gtpo_megatron.config import AlgorithmConfig, RunConfig
 from gtpo_megatron.config.loading import known_keys, load_config, nearest_key, save_config
 from gtpo_megatron.errors import UserError
 
@@ -304,3 +304,16 @@ def test_the_configuration_is_frozen(recipe: Path) -> None:
 def test_nonsense_is_refused_by_name(recipe: Path, override: str) -> None:
     key = override.partition("=")[0]
     assert key.partition(".options.")[0] in error_of(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "advantages"),
+    [
+        ({}, "mean"),
+        ({"name": "grpo"}, "std"),
+        ({"name": "grpo", "normalize": "mean"}, "mean"),
+        ({"normalize": "std"}, "std"),
+    ],
+)
+def test_advantages_are_the_objectives_own_unless_told(algorithm: dict[str, str], advantages: str) -> None:
+    assert AlgorithmConfig(**algorithm).advantages == advantages

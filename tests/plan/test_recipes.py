@@ -123,7 +123,9 @@ def test_the_memory_of_adapters_on_the_page_is_the_planners() -> None:
 
 def test_every_overlay_and_recipe_is_named_by_the_pages() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    page = "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reproduce.md", "evidence.md")
+    )
     assert [path.name for path in REAL if path.name not in readme] == []
     assert [path.name for path in [*REAL, *OVERLAYS] if path.name not in page] == []
 
