@@ -7,6 +7,7 @@ import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
@@ -72,6 +73,7 @@ class FakeServer:
     paused: bool = False
     ranks: int = 1
     received: str = ""
+    restart_after: str | None = None  # a path, once
     asked: list[tuple[float, str]] = field(default_factory=list)
 
     def restart(self) -> None:
@@ -119,8 +121,7 @@ class ScriptedClient:
             if not server.open_session:  # restarted since it was opened
                 raise Refused(f"{url}{path} refused the request (400): no session is open")
             server.held = "of two versions"
-            named = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
-            server.received += written(named)
+            server.received += _unpickled(body["serialized_named_tensors"][0])
         elif path == "/end_weight_update":
             if not server.open_session:
                 raise Refused(f"{url}{path} refused the request (400): no session is open")
@@ -132,6 +133,9 @@ class ScriptedClient:
             server.version = body["new_version"]
         elif path == "/weights_checker":
             return {"ranks": [{"checksums": {"weight": server.held}}]}
+        if path == server.restart_after:
+            server.restart_after = None
+            server.restart()
         return {}
 
     async def healthy(self, url: str, timeout_s: float) -> bool:
@@ -159,13 +163,24 @@ class ScriptedClient:
         return server.version
 
 
+@lru_cache
+def _unpickled(payload: str) -> str:
+    return written(pickle.loads(base64.b64decode(payload)))
+
+
 def written(named: list[NamedTensor]) -> str:
     """Tensors as text, to be compared."""
     return "".join(f"{name}: {tensor.tolist()}; " for name, tensor in named)
 
 
+@lru_cache
 def _weights(version: int) -> list[NamedTensor]:
     return [(name, torch.full((2,), float(version))) for name in ("first", "second")]
+
+
+@lru_cache
+def _written_weights(version: int) -> str:
+    return written(_weights(version))
 
 
 @dataclass
@@ -247,7 +262,7 @@ class Rehearsal:
     def holds_current(self, server: FakeServer) -> bool:
         """Whether a server's tensors are those that may be sampled from, whatever it says of its version."""
         assert self.fleet.tag is not None
-        return server.held == written(_weights(int(self.fleet.tag.removeprefix("run:"))))
+        return server.held == _written_weights(int(self.fleet.tag.removeprefix("run:")))
 
     async def until(
         self, condition: Callable[[], bool], limit_s: float = 600.0, step_s: float = 0.01

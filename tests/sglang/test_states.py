@@ -14,7 +14,7 @@ from gtpo_megatron.rollout.sglang.servers.states import MOVES, Timing, Worker
 from tests.sglang.scripted import ON_DISK, FakeServer, Rehearsal, in_fake_time, rehearsal
 
 TIMING = Timing(health_interval_s=2.0, health_timeout_s=4.0, drain_s=5.0, control_s=3.0, transfer_s=6.0)
-SEQUENCES, FAULTS = 200, 12  # random ones, and of each
+SEQUENCES, FAULTS = 2000, 12  # random ones, and of each; a longer run is marked soak
 
 
 @pytest.fixture
@@ -224,6 +224,69 @@ def test_wrong_tensors_are_seen_by_comparison_with_another_server() -> None:
     scenario(play)
 
 
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/pause_generation",
+        "/begin_weight_update",
+        "/update_weights_from_tensor",
+        "/update_weight_version",
+        "/end_weight_update",
+        "/flush_cache?timeout=30",
+        "/continue_generation",
+    ],
+)
+def test_a_server_restarted_within_an_update_never_counts_as_updated(path: str, restored: bool) -> None:
+    """In no time, after each call: only the process that took every tensor may bear the version's name."""
+
+    async def play(running: Rehearsal) -> None:
+        server, worker = running.server(0), running.fleet.workers[0]
+        checking = asyncio.create_task(_check_always(running))
+        if restored:
+            server.restart()
+            await running.until(lambda: worker.state == "stale")
+            server.restart_after = path
+        else:
+            server.restart_after = path
+            await running.update()
+            _check(running)
+        await running.until(lambda: server.restart_after is None)
+        await running.all_ready()
+        assert running.holds_current(server)
+        assert server.version == running.fleet.tag
+        assert not checking.done(), checking.exception()
+        checking.cancel()
+
+    scenario(play, count=1)
+
+
+def test_a_server_restarted_behind_our_back_is_no_witness_against_another() -> None:
+    async def play(running: Rehearsal) -> None:
+        first, second = running.fleet.workers
+        running.server(0).restart()
+        await running.until(lambda: first.state == "stale")
+        running.server(1).restart()
+        await running.until(lambda: second.state == "stale")
+        await running.all_ready()
+        assert first.trouble == ""
+        assert all(running.holds_current(server) for server in running.servers.values())
+
+    scenario(play)
+
+
+def test_a_server_in_an_update_that_was_given_up_holds_no_version() -> None:
+    async def play(running: Rehearsal) -> None:
+        await running.updates.begin()
+        running.server(0).held = "of two versions"
+        running.updates.end(None, None, [], {})
+        assert [worker.tag for worker in running.fleet.workers] == [None, None]
+        await running.update()
+        await running.all_ready()
+
+    scenario(play)
+
+
 def test_a_server_that_does_not_abort_is_lost_and_its_request_sent_elsewhere() -> None:
     async def play(running: Rehearsal) -> None:
         first = running.fleet.workers[0]
@@ -351,10 +414,17 @@ def test_one_mistake_in_the_program_reaches_those_who_wait() -> None:
     in_fake_time(play())
 
 
-def test_random_faults_are_survived(moves: list[tuple[str, str]], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "seeds",
+    [range(SEQUENCES), pytest.param(range(SEQUENCES, 10 * SEQUENCES), marks=pytest.mark.soak)],
+    ids=["some", "many"],
+)
+def test_random_faults_are_survived(
+    seeds: range, moves: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever happens: no wrong sample, no lost request, no forbidden move; and once it ends, all are ready again."""
     caplog.set_level(logging.CRITICAL, "gtpo_megatron")  # a warning for each fault
-    for seed in range(SEQUENCES):
+    for seed in seeds:
         in_fake_time(_random_run(random.Random(seed)))
     assert set(moves) == {(before, after) for before, followers in MOVES.items() for after in followers}
 
@@ -368,23 +438,24 @@ async def _random_run(chance: random.Random) -> None:
         async def sample() -> None:
             answered.append(await request(running, chance.choice(workers), chance.uniform(0.0, 2.0)))
 
-        async def check() -> None:
-            while True:
-                _check(running)
-                await asyncio.sleep(0.25)
-
-        checking = asyncio.create_task(check())
+        checking = asyncio.create_task(_check_always(running))
         requests = []
+        updating: asyncio.Task[None] | None = None
         for _ in range(FAULTS):
             requests += [asyncio.create_task(sample()) for _ in range(chance.randrange(3))]
-            await _misfortune(running, chance)
-            await asyncio.sleep(chance.choice((0.0, 0.1, 1.0, 4.0)))
+            if chance.random() < 0.3 and (updating is None or updating.done()):
+                updating = asyncio.create_task(running.update())  # so that the next ones fall into it
+            else:
+                _misfortune(running, chance)
+            await asyncio.sleep(chance.choice((0.0, 0.005, 0.03, 0.1, 1.0, 4.0)))
         for server in running.servers.values():
             server.broken.clear()
             if server.health in ("erring", "hung"):
                 server.health = "well"
             elif server.health == "dead" and not owned:
                 server.restart()
+        if updating is not None:
+            await updating
         await running.all_ready()
         await asyncio.gather(*requests)
         assert not checking.done(), checking.exception()
@@ -392,6 +463,12 @@ async def _random_run(chance: random.Random) -> None:
         _check(running)
         assert len(answered) == len(requests)
         assert [worker.inflight for worker in workers] == [0, 0, 0]
+
+
+async def _check_always(running: Rehearsal) -> None:
+    while True:
+        _check(running)
+        await asyncio.sleep(0.25)
 
 
 def _check(running: Rehearsal) -> None:
@@ -403,10 +480,10 @@ def _check(running: Rehearsal) -> None:
             assert not server.paused
 
 
-async def _misfortune(running: Rehearsal, chance: random.Random) -> None:
-    """One thing that goes wrong, or right again, or an update."""
+def _misfortune(running: Rehearsal, chance: random.Random) -> None:
+    """One thing that goes wrong, or right again."""
     server: FakeServer = running.server(chance.randrange(3))
-    kind = chance.randrange(7)
+    kind = chance.randrange(6)
     if kind == 0:
         server.health = "dead"
         for process in running.launch.processes if running.launch else ():
@@ -421,12 +498,10 @@ async def _misfortune(running: Rehearsal, chance: random.Random) -> None:
         server.restart()  # behind our back
     elif kind == 4 and running.launch is None:
         server.restart()
-    elif kind == 5:
+    else:
         server.broken.clear()
         if server.health in ("erring", "hung"):
             server.health = "well"
-    else:
-        await running.update()
 
 
 def test_the_checkpoint_is_not_what_an_update_gives() -> None:

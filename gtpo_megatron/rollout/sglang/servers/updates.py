@@ -67,6 +67,7 @@ class Updates:
                     worker.faults += 1
                     fleet.move(worker, "suspect", fault)
             elif worker.state == "ready":
+                worker.tag = None  # it has some of the tensors of an update that was given up
                 fleet.move(worker, "stale", "missed the update")
         fleet.gate_open = True
         self.lock.release()
@@ -131,18 +132,28 @@ class Updates:
             fleet.move(worker, "ready", "")
 
     async def _check_against_peers(self, worker: Worker) -> None:
-        """Compare a worker with the first ready one that answers. Where there is none, its own confirmation must do."""
+        """Compare a worker with the first ready one that answers and holds the current weights.
+
+        Where there is none, its own confirmation must do.
+        """
         patience = self._timing.transfer_s
         peers = [w for w in self._fleet.ready if w.ranks == worker.ranks]
         ours = await checksums(self._client, worker.url, patience) if peers else {}
         for peer in peers:
             try:
-                question = checksums(self._client, peer.url, patience)
-                theirs = await self._fleet.ask(peer, question, self._fleet.suspect)
+                theirs, held = await self._fleet.ask(peer, self._testimony(peer), self._fleet.suspect)
             except ServerFault:
+                continue
+            if held != self._fleet.tag:
+                self._fleet.outdated(peer, held)
                 continue
             if names := differing(ours, theirs):
                 raise ServerFault(
                     f"{worker.url}: {len(names)} tensors differ from {peer.url}: {', '.join(names[:8])}"
                 )
             return
+
+    async def _testimony(self, peer: Worker) -> tuple[dict[str, str], str]:
+        """A worker's checksums, and the version that it held after them: it may have been restarted before."""
+        sums = await checksums(self._client, peer.url, self._timing.transfer_s)
+        return sums, (await self._client.info(peer.url, self._timing.control_s)).weight_version

@@ -126,6 +126,10 @@ class Transfer:
             body = {"model_path": str(snapshot.directory), "weight_version": self.tag, "flush_cache": True}
             await self._each(lambda t: self._call(t, "/update_weights_from_disk", body))
         elif self._begun:
+            # The name within the session: a server that is restarted before its end refuses the end, after it has lost
+            # the name. Given after the end, the name could go to another process than the one that took the tensors.
+            name = {"new_version": self.tag, "abort_all_requests": False}
+            await self._each(lambda t: self._call(t, "/update_weight_version", name))
             await self._each(lambda t: self._call(t, "/end_weight_update", {}))
         await self._each(self._confirm)
         return self.targets
@@ -147,9 +151,7 @@ class Transfer:
             await self._call(target, "/begin_weight_update", {})
 
     async def _confirm(self, target: Target) -> None:
-        await self._call(
-            target, "/update_weight_version", {"new_version": self.tag, "abort_all_requests": False}
-        )
+        """Go on, and see that it is still the process that was given the name with the tensors."""
         await self._call(target, "/flush_cache?timeout=30", {})
         await self._call(target, "/continue_generation", {})
         held = (await self.link.client.info(target.url)).weight_version
