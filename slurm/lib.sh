@@ -4,6 +4,7 @@
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
+#                        and times: when it began, in seconds since 1970, for which job; when it ended
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
 #   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
@@ -15,6 +16,7 @@ say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 end_job() {
   local code=$1
   shift
+  if [ -n "${attempt_dir:-}" ]; then echo "ended $(date +%s.%3N)" >>"$attempt_dir/times"; fi
   say "END $*"
   exit "$code"
 }
@@ -28,6 +30,7 @@ begin_attempt() {
   attempt=1
   until mkdir "$attempts/$attempt" 2>/dev/null; do attempt=$((attempt + 1)); done
   attempt_dir=$attempts/$attempt
+  echo "began $(date +%s.%3N) ${SLURM_JOB_ID:-none}" >"$attempt_dir/times"
   ln -sfn "$attempt" "$attempts/latest"
   # Slurm sends SIGTERM to ranks and to this shell alike: at scancel, preemption, requeue and the time limit.
   # The ranks write their checkpoint; this shell waits for them.

@@ -20,10 +20,25 @@ class Attempt:
     how: str  # exit code, "term", or "hung"
 
 
+@dataclass(frozen=True)
+class Start:
+    """A start of the run by a job, whether it has ended or not: what slurm/lib.sh writes into attempts/N/times."""
+
+    number: int
+    job_id: str  # "none" outside Slurm
+    began: float  # seconds since the epoch
+    ended: float | None  # None: it runs, or was cut off with its node
+    how: str | None  # as in Attempt; None also where the job ended before it started the ranks
+
+
 def job_ids(run: Path, file: str = JOB) -> list[str]:
     """The jobs that were submitted for a run, oldest first; with SERVERS_JOB those of its servers."""
-    files = [path for path in run.glob(f"{SUBMISSIONS}/*/{file}") if path.parent.name.isdigit()]
-    return [path.read_text().strip() for path in sorted(files, key=lambda path: int(path.parent.name))]
+    return [path.read_text().strip() for path in _of_submissions(run, file)]
+
+
+def submitted(run: Path) -> dict[str, float]:
+    """When which job was submitted, in seconds since the epoch: the time of the file with its number."""
+    return {path.read_text().strip(): path.stat().st_mtime for path in _of_submissions(run, JOB)}
 
 
 def read_attempts(run: Path) -> list[Attempt]:
@@ -37,3 +52,24 @@ def read_attempts(run: Path) -> list[Attempt]:
         for row in rows
         if len(row) == 4 and row[0].isdigit() and row[2].isdigit()
     ]
+
+
+def read_starts(run: Path) -> list[Start]:
+    """The starts that left their times, in the order of their begin; one without, as older scripts make it, is left out."""
+    how = {attempt.number: attempt.how for attempt in read_attempts(run)}
+    starts = []
+    for path in (run / "attempts").glob("*/times"):
+        if path.parent.is_symlink() or not path.parent.name.isdigit():
+            continue
+        number = int(path.parent.name)
+        words = {line.split()[0]: line.split()[1:] for line in path.read_text().splitlines() if line.strip()}
+        began, ended = words.get("began", []), words.get("ended", [])
+        if len(began) == 2:  # not cut short
+            end = float(ended[0]) if ended else None
+            starts.append(Start(number, began[1], float(began[0]), end, how.get(number)))
+    return sorted(starts, key=lambda start: start.began)
+
+
+def _of_submissions(run: Path, file: str) -> list[Path]:
+    files = [path for path in run.glob(f"{SUBMISSIONS}/*/{file}") if path.parent.name.isdigit()]
+    return sorted(files, key=lambda path: int(path.parent.name))
