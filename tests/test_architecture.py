@@ -75,7 +75,7 @@ ALLOWED = {
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "replay.float64": {"errors", "trajectories"},
     "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
-    "sweep": BASE | {"run.directory"},
+    "sweep": BASE | {"run.directory", "run.metrics"},
     "commands": BASE
     | {
         "analysis",

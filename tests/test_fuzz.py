@@ -1,4 +1,4 @@
-"""The short form of `make fuzz`: hostile completions, rows and configurations are treated as they should be."""
+"""The short form of `make fuzz`: hostile completions, rows, configurations and run directories are treated as they should be."""
 
 import subprocess
 import sys
@@ -17,5 +17,5 @@ def test_hostile_input_is_treated_as_it_should_be(seed: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for table in ("completions", "rows", "configurations"):
+    for table in ("completions", "rows", "configurations", "directories"):
         assert f"{table}: 60 tried, 0 treated otherwise" in done.stdout

@@ -1,15 +1,20 @@
 #!/usr/bin/env python
-"""Try hostile rows, completions and configurations, and say what was accepted, what was refused, and how long it took.
+"""Try hostile rows, completions, configurations and run directories, and say what was accepted, what was refused, and how
+long it took.
 
-    tools/fuzz.py                             600 completions, 120 rows, 200 configurations
+    tools/fuzz.py                             600 completions, 120 rows, 200 configurations, 60 directories
     tools/fuzz.py --count 40 --seed 7         so many of each table, others of them: the short form that the tests use
 
 The tables pair each input with what ought to become of it: `right` or `wrong` for an answer, `used` or `skipped` for a
-row, `accepted` or `refused` for a setting. Ends with 1 if anything was treated otherwise. Lists all such.
+row, `accepted` or `refused` for a setting, and for a damaged run directory `read`: by every command that reads one, or refused with
+a message. Ends with 1 if anything was treated otherwise. Lists all such.
 """
 
+import contextlib
+import io
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -153,6 +158,21 @@ def settings(rng: random.Random) -> Iterator[Case]:
         yield f"{key}={value}"[:70], (key, value), "accepted" if kind == 3 else "refused"
 
 
+def directories(rng: random.Random) -> Iterator[Case]:
+    """A file of a run and what happens to it, without end."""
+    files = [
+        "metrics.jsonl",
+        "config.yaml",
+        "status.json",
+        "lease.json",
+        "trajectories/step-00000001.parquet",
+    ]
+    kinds = ["cut", "overwritten", "empty", "gone", "a folder", "not UTF-8", "null", "nested", "a number"]
+    while True:
+        file, kind = rng.choice(files), rng.choice(kinds)
+        yield f"{file} {kind}", (file, kind, rng.random()), "read"
+
+
 def judge_completions(cases: list[Case]) -> Iterator[Outcome]:
     """Score each by both terms for correctness."""
     from gtpo_megatron.config import RewardConfig, RewardTerm
@@ -226,6 +246,79 @@ def judge_settings(cases: list[Case]) -> Iterator[Outcome]:
         yield outcome(name, wanted, lambda key=key, value=value: validate(key, value))
 
 
+def judge_directories(cases: list[Case]) -> Iterator[Outcome]:
+    """Have all commands that read a run read a copy with one file damaged."""
+    from gtpo_megatron.commands.cli import main as command
+    from gtpo_megatron.errors import MISTAKE
+
+    def read(run: Path) -> str:
+        for arguments in (["status"], ["report"], ["analyse"]):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                try:
+                    command([*arguments, str(run)])
+                    code: object = 0
+                except SystemExit as end:
+                    code = end.code or 0
+            if code not in (0, MISTAKE) or (code and str(run) not in said.getvalue().replace("\n", "")):
+                return f"{arguments[0]} ended with {code}: {said.getvalue()[-80:]}"
+        return "read"
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, run = Path(folder) / "whole", Path(folder) / "run"
+        make_run(whole)
+        for name, (file, kind, share), wanted in cases:
+            shutil.copytree(whole, run)
+            damage(run / file, kind, share)
+            yield outcome(name, wanted, lambda: read(run))
+            shutil.rmtree(run)
+
+
+def make_run(run: Path) -> None:
+    """The files of a run of three steps that others read."""
+    from gtpo_megatron.config import RunConfig
+    from gtpo_megatron.trajectories.store import TrajectoryStore
+    from tests.parallel.layout_job import sample_batch
+
+    config = RunConfig.model_validate(
+        {"name": "fuzz", "model": {"path": "m"}, "data": {"path": "d"}, "training": {"steps": 3}}
+    )
+    run.mkdir()
+    (run / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    lines = [
+        {"step": step, "loss": 0.1, "reward/mean": 1.0 + step, "entropy/mean": 0.5, "time": 100.0 + step}
+        for step in range(1, 4)
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    (run / "status.json").write_text('{"state": "running", "step": 3, "stage": "train"}', encoding="utf-8")
+    (run / "lease.json").write_text('{"host": "nowhere", "pid": 1}', encoding="utf-8")
+    store = TrajectoryStore(run / "trajectories")
+    for step in range(3):
+        store.write(step, sample_batch(seed=step))
+
+
+def damage(file: Path, kind: str, share: float) -> None:
+    """Let `kind` happen to a file, `share` of the way through it."""
+    content = file.read_bytes()
+    place = int(share * len(content))
+    if kind in ("gone", "a folder"):
+        file.unlink()
+        if kind == "a folder":
+            file.mkdir()
+        return
+    file.write_bytes(
+        {
+            "cut": content[:place],
+            "overwritten": content[:place] + bytes(range(64)) + content[place + 64 :],
+            "empty": b"",
+            "not UTF-8": b"\xff\xfe" + content,
+            "null": b"null\n",
+            "nested": b"[" * 20_000,
+            "a number": b"17\n",
+        }[kind]
+    )
+
+
 def outcome(name: str, wanted: str, act: Callable[[], str]) -> Outcome:
     """What comes of an act; an exception that is none of ours is an outcome too."""
     start = time.perf_counter()
@@ -240,6 +333,7 @@ TABLES = {
     "completions": (completions, judge_completions, 600),
     "rows": (rows, judge_rows, 120),
     "configurations": (settings, judge_settings, 200),
+    "directories": (directories, judge_directories, 60),
 }
 
 

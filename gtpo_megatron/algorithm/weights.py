@@ -26,8 +26,11 @@ def token_weights(
     max_length: int,
     positive_weight: float = 2.0,
     compat: Compat = "paper",
+    *,
+    negative_weight: float = 0.0,
 ) -> Tensor:
-    """Weight of each token in the loss: 1 without conflict; 0 or `positive_weight` in conflict, by the advantage's sign.
+    """Weight of each token in the loss: 1 without conflict; `negative_weight` (GTPO: 0) or `positive_weight` in conflict, by
+    the advantage's sign.
 
     Args:
         prefix: [N] conflict run from the start, tokens.
@@ -36,7 +39,8 @@ def token_weights(
         advantages: [N]; only their signs are used. Where it is 0, every token weighs 1.
         max_length: L, the number of columns of the result.
         positive_weight: weight of a conflict token of a completion with positive advantage.
-        compat: "reference" squares `positive_weight` where a token stands in both runs, as the authors' code does.
+        compat: "reference" squares the weight where a token stands in both runs, as the authors' code does.
+        negative_weight: weight of a conflict token of a completion with negative advantage; 1 protects nothing.
 
     Returns:
         [N, max_length] float32; 0 beyond the length.
@@ -62,7 +66,9 @@ def token_weights(
     in_prefix = position < prefix.unsqueeze(1)
     in_suffix = position >= column - suffix.unsqueeze(1)
     of_conflict = torch.ones_like(advantages, dtype=torch.float32)
-    of_conflict = of_conflict.masked_fill(advantages > 0, positive_weight).masked_fill(advantages < 0, 0.0)
+    of_conflict = of_conflict.masked_fill(advantages > 0, positive_weight).masked_fill(
+        advantages < 0, negative_weight
+    )
     weights = torch.where(in_prefix | in_suffix, of_conflict.unsqueeze(1), 1.0)
     if compat == "reference":
         weights = torch.where(in_prefix & in_suffix, weights.square(), weights)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gtpo_megatron.analysis.figures import plot_recipes, series
-from gtpo_megatron.analysis.report import markdown_table, number, read_run_config
+from gtpo_megatron.analysis.report import NEEDED, markdown_table, number
+from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.run.metrics import Metric, read_metrics
 
@@ -127,7 +128,7 @@ def _read(path: Path) -> RecordedRun:
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:
         raise UserError(f"{path / 'metrics.jsonl'}: no step is finished yet, so there is nothing to compare")
-    return RecordedRun(path, read_run_config(path / "config.yaml"), rows)
+    return RecordedRun(path, read_recorded(path / "config.yaml", NEEDED), rows)
 
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from gtpo_megatron.analysis.figures import plot_run
 from gtpo_megatron.analysis.goodput import Goodput, goodput_notes, goodput_rows, read_goodput
+from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.run.metrics import Metric, read_metrics
 from gtpo_megatron.trajectories.record import Trajectory
@@ -40,6 +40,7 @@ _NOT_FOR = {
     "gtpo": ("training.sft_",),
     "grpo": ("training.sft_", "algorithm.compat"),
 }
+NEEDED = ("name", "algorithm.name", "training.steps")  # of a run's configuration
 _EXAMPLE_CHARACTERS = 600
 
 
@@ -59,7 +60,7 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
         UserError: the directory is no run's, holds no step yet, cannot be written to, or one of its files is damaged.
     """
     run_dir = Path(run_dir)
-    config = read_run_config(run_dir / "config.yaml")
+    config = read_recorded(run_dir / "config.yaml", NEEDED)
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
         raise UserError(
@@ -81,20 +82,6 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
         ) from error
     _print(console or Console(), run_dir, rows, changes, window, goodput)
     return summary
-
-
-def read_run_config(path: Path) -> dict[str, Any]:
-    """The configuration that a run left in its directory.
-
-    Raises:
-        UserError: there is none, or it is not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
 
 
 def _training_rows(rows: list[dict[str, Metric]]) -> list[dict[str, Metric]]:

@@ -1,5 +1,6 @@
 """What the jobs of a run leave in its directory beside the run's own files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ JOB = "job_id"  # in that folder, once Slurm has taken it
 SERVERS_JOB = "servers_job_id"  # the same of the job (an array) of its servers
 SERVERS = "servers"  # a folder in which servers register; slurm/lib.sh knows the name as well
 KEY_VARIABLE = "GTPO_SERVERS_KEY"  # in which slurm/lib.sh gives ranks and servers their key
+_TIME = re.compile(r"\d+\.\d{3}")  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,19 @@ def read_attempts(run: Path) -> list[Attempt]:
 
 
 def read_starts(run: Path) -> list[Start]:
-    """The starts that left their times, in the order of their begin; one without, as older scripts make it, is left out."""
+    """The starts that left their times, in the order of their begin; one without, or with damaged ones, is left out."""
     how = {attempt.number: attempt.how for attempt in read_attempts(run)}
     starts = []
     for path in (run / "attempts").glob("*/times"):
         if path.parent.is_symlink() or not path.parent.name.isdigit():
             continue
         number = int(path.parent.name)
-        words = {line.split()[0]: line.split()[1:] for line in path.read_text().splitlines() if line.strip()}
-        began, ended = words.get("began", []), words.get("ended", [])
-        if len(began) == 2:  # not cut short
-            end = float(ended[0]) if ended else None
-            starts.append(Start(number, began[1], float(began[0]), end, how.get(number)))
+        words = [line.split() for line in path.read_text(errors="replace").splitlines()]
+        began = [row for row in words if len(row) == 3 and row[0] == "began" and _TIME.fullmatch(row[1])]
+        ended = [row for row in words if len(row) == 2 and row[0] == "ended" and _TIME.fullmatch(row[1])]
+        if began:
+            end = float(ended[-1][1]) if ended else None
+            starts.append(Start(number, began[0][2], float(began[0][1]), end, how.get(number)))
     return sorted(starts, key=lambda start: start.began)
 
 

@@ -32,7 +32,10 @@ def sweep(
         Path | None,
         typer.Option(help="Write the recipes there, one file a run, and start none.", show_default=False),
     ] = None,
-    only: Annotated[str, typer.Option(help="Only runs whose name contains this.", show_default=False)] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only runs whose name contains this, or one of several.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a recipe under every combination of a sweep file's settings. Complete runs are left alone, others go on.
 
@@ -46,10 +49,14 @@ def sweep(
     if index is not None and not 0 <= index < len(runs):
         raise UserError(f"--index {index}: {file} has {len(runs)} runs, 0 to {len(runs) - 1}")
     chosen = [
-        (number, run) for number, run in enumerate(runs) if only in run.name and index in (None, number)
+        (number, run)
+        for number, run in enumerate(runs)
+        if any(part in run.name for part in only or [""]) and index in (None, number)
     ]
     if not chosen:
-        raise UserError(f"--only {only}: no run of {file} has this in its name; --list shows them")
+        raise UserError(
+            f"--only {' '.join(only or [])}: no run of {file} has this in its name; --list shows them"
+        )
     if list_runs:
         table = Table("", "run", *runs[0].labels, "complete")
         for number, run in chosen:

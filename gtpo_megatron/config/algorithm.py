@@ -36,6 +36,16 @@ class AlgorithmConfig(Section):
     positive_weight: float = Field(
         2.0, ge=0, le=1e4, description="weight of conflict tokens in positive completions"
     )
+    negative_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of conflict tokens in negative completions; GTPO's is 0, 1 protects nothing (an ablation)",
+    )
+    normalize: Literal["mean", "std"] | None = Field(
+        None,
+        description="advantages: less the group's mean, or also over its deviation; default: mean for GTPO, std for GRPO",
+    )
     gate: GateConfig = GateConfig()
     clip_low: float = Field(0.2, ge=0, le=1, description="GRPO: lower clipping range")
     clip_high: float = Field(0.2, ge=0, le=1e4, description="GRPO: upper clipping range")
@@ -49,6 +59,11 @@ class AlgorithmConfig(Section):
         "trainer", description="source of pi_old when it is needed"
     )
     importance: ImportanceConfig = ImportanceConfig()
+
+    @property
+    def advantages(self) -> Literal["mean", "std"]:
+        """How advantages are made of rewards: `normalize`, or what the objective's authors do."""
+        return self.normalize or ("std" if self.name == "grpo" else "mean")
 
     @model_validator(mode="after")
     def _combination(self) -> Self:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -74,6 +74,28 @@ def load_file(path: str | Path, model: type[M]) -> M:
         raise UserError(_report(error, layer.origins, str(path), model)) from error
 
 
+def read_recorded(path: str | Path, needed: Sequence[str]) -> dict[str, Any]:
+    """The configuration that a run left in its directory, as it stands: another version's keys are let stand.
+
+    Args:
+        needed: dotted keys that the caller uses.
+
+    Raises:
+        UserError: there is none, it is damaged, or it lacks one of these keys.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?")
+    content = _parsed(path, _text(path), yaml.safe_load)
+    for key in needed:
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            raise UserError(f"{path}: it has no {key}, so it is not the configuration of a run, or damaged")
+    return content
+
+
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -128,20 +150,30 @@ def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
     ]
 
 
-def _read_file(path: Path) -> _Layer:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: cannot read the configuration: {reason}") from error
+
+
+def _parsed(path: Path, text: str, parse: Callable[[str], Any]) -> Any:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be a configuration") from None
+
+
+def _read_file(path: Path) -> _Layer:
+    text = _text(path)
+    node = _parsed(path, text, lambda text: yaml.compose(text, Loader=yaml.SafeLoader))
     if node is None:
         raise UserError(f"{path}: the file is empty; a recipe needs at least name, model, data and training")
     if not isinstance(node, yaml.MappingNode):

@@ -34,7 +34,12 @@ class RolloutConfig(Section):
     batch_size: int = Field(
         128, ge=1, le=1_000_000, description="embedded engine: completions generated at once"
     )
-    staleness: int = Field(0, ge=0, le=1000, description="how many updates old the sampling weights may be")
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="how many steps old the sampling weights may be; servers get new ones once a step",
+    )
     oversample: float = Field(
         1.0,
         ge=1,

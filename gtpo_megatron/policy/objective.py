@@ -128,7 +128,14 @@ def _gtpo(
     gate = entropy_gate(mean_entropy, initial_entropy, threshold, mode, advantages)
     report.completions["gate"] = gate
     conflict = token_weights(
-        prefix, suffix, batch.lengths, advantages, batch.max_length, config.positive_weight, config.compat
+        prefix,
+        suffix,
+        batch.lengths,
+        advantages,
+        batch.max_length,
+        config.positive_weight,
+        config.compat,
+        negative_weight=config.negative_weight,
     )
     return gtpo_loss(
         logprobs,

@@ -206,7 +206,7 @@ def parts_of(batch: Sequence[Trajectory], algorithm: Mapping[str, Any]) -> list[
     advantages = [0.0] * len(batch)
     for members in groups.values():
         rewards = [batch[place].reward for place in members]
-        for place, advantage in zip(members, centred(rewards, algorithm["name"] == "grpo"), strict=True):
+        for place, advantage in zip(members, centred(rewards, by_deviation(algorithm)), strict=True):
             advantages[place] = advantage
     parts = []
     for place, trajectory in enumerate(batch):
@@ -224,13 +224,19 @@ def parts_of(batch: Sequence[Trajectory], algorithm: Mapping[str, Any]) -> list[
     return parts
 
 
-def centred(rewards: Sequence[float], by_deviation: bool) -> list[float]:
+def by_deviation(algorithm: Mapping[str, Any]) -> bool:
+    """Whether advantages are divided by their group's standard deviation. Runs of before the key have the default."""
+    normalize = algorithm.get("normalize")
+    return algorithm["name"] == "grpo" if normalize is None else normalize == "std"
+
+
+def centred(rewards: Sequence[float], divide: bool) -> list[float]:
     """Rewards less their mean; what is rounding of the rewards alone is 0."""
     mean = math.fsum(rewards) / len(rewards)
     values = [reward - mean for reward in rewards]
     noise = 1e-14 * max(map(abs, rewards))
     values = [0.0 if abs(value) <= noise else value for value in values]
-    if by_deviation:
+    if divide:
         deviation = math.sqrt(math.fsum(v * v for v in values) / max(len(values) - 1, 1))
         values = [value / (deviation + STD_EPSILON) for value in values]
     return values
@@ -247,8 +253,10 @@ def run_length(tokens: Sequence[int], others: Sequence[Sequence[int]]) -> int:
 def conflict_weights(
     length: int, prefix: int, suffix: int, advantage: float, algorithm: Mapping[str, Any]
 ) -> Tensor:
-    """[L]: 1, and in conflict 0 or the positive weight by the advantage's sign."""
-    weight = algorithm["positive_weight"] if advantage > 0 else 0.0 if advantage < 0 else 1.0
+    """[L]: 1, and in conflict the negative or the positive weight by the advantage's sign."""
+    weight = 1.0
+    if advantage:
+        weight = algorithm["positive_weight"] if advantage > 0 else algorithm.get("negative_weight", 0.0)
     weights = torch.ones(length, dtype=torch.float64)
     for place in range(length):
         inside = (place < prefix) + (place >= length - suffix)

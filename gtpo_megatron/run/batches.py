@@ -155,7 +155,7 @@ class Batches:
         self._put_back(prompts, sampled, step)
         if config.rollout.dynamic_sampling.enabled:
             sampled = self._replace_without_signal(sampled, step)
-        normalize = "std" if config.algorithm.name == "grpo" else "mean"
+        normalize = config.algorithm.advantages
         batch = for_rank_zero(lambda: analyse(_renumbered(sampled), normalize)) or []
         with run.stage("store"):
             used = self._taken.pop(step)

@@ -342,6 +342,6 @@ def _read(path: Path, kind: type[Any]) -> Any:
         return kind(**{field.name: content[field.name] for field in fields(kind)})
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: damaged ({reason}); remove it if nothing runs there") from None

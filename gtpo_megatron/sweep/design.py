@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -31,6 +31,11 @@ class Sweep(Section):
         ge=1,
         le=1000,
         description="runs of each combination, training.seed = 0, 1, ...; default: the recipe's seed",
+    )
+    first_seed: int = Field(0, ge=0, le=1_000_000, description="the seed of the first of them")
+    by_seed: bool = Field(
+        False,
+        description="all combinations at one seed, then at the next: what is done at any time is balanced",
     )
 
     @field_validator("axes")
@@ -67,7 +72,8 @@ class Planned:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Planned]:
-    """The runs of a sweep file in order, the last axis and then the seed changing fastest; overrides go to all of them.
+    """The runs of a sweep file in order, the last axis and then the seed changing fastest, or with `by_seed` the seed
+    slowest; overrides go to all of them.
 
     Raises:
         UserError: a mistake in the file, or in the configuration that a combination gives, with the combination's name.
@@ -75,25 +81,36 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Planned]:
     sweep = load_file(path, Sweep)
     folder = path.parent
     runs = []
-    for combination in itertools.product(*(labels.items() for labels in sweep.axes.values())):
+    for combination, seed in _ordered(sweep):
         labels = {axis: label for axis, (label, _) in zip(sweep.axes, combination, strict=True)}
         own = [setting for _, settings in combination for setting in settings]
-        for seed in [None] if sweep.seeds is None else range(sweep.seeds):
-            seeded = {} if seed is None else {"seed": str(seed)}
-            name = "-".join([sweep.name, *labels.values(), *(f"seed{value}" for value in seeded.values())])
-            settings = _from_folder(folder, [*sweep.settings, *own])
-            settings += [f"training.seed={value}" for value in seeded.values()]
-            settings += [*overrides, f"name={name}"]
-            try:
-                config = load_recipe(folder / sweep.recipe, settings)
-            except UserError as error:
-                raise UserError(f"{path}: run {name}: {error}") from None
-            runs.append(Planned(name, labels | seeded, config))
+        seeded = {} if seed is None else {"seed": str(seed)}
+        name = "-".join([sweep.name, *labels.values(), *(f"seed{value}" for value in seeded.values())])
+        settings = _from_folder(folder, [*sweep.settings, *own])
+        settings += [f"training.seed={value}" for value in seeded.values()]
+        settings += [*overrides, f"name={name}"]
+        try:
+            config = load_recipe(folder / sweep.recipe, settings)
+        except UserError as error:
+            raise UserError(f"{path}: run {name}: {error}") from None
+        runs.append(Planned(name, labels | seeded, config))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(
             f"{path}: two combinations of labels give one name; their labels must differ when joined by '-'"
         )
     return runs
+
+
+Combination = tuple[tuple[str, tuple[str, ...]], ...]  # of each axis: label and settings
+
+
+def _ordered(sweep: Sweep) -> Iterator[tuple[Combination, int | None]]:
+    """Every combination with every seed, in the order in which they are to run."""
+    combinations = list(itertools.product(*(labels.items() for labels in sweep.axes.values())))
+    seeds = [None] if sweep.seeds is None else [sweep.first_seed + number for number in range(sweep.seeds)]
+    if sweep.by_seed:
+        return ((combination, seed) for seed in seeds for combination in combinations)
+    return ((combination, seed) for combination in combinations for seed in seeds)
 
 
 def _from_folder(folder: Path, settings: Sequence[str]) -> list[str]:

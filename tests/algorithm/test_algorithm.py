@@ -318,3 +318,16 @@ def test_a_bad_argument_is_named(name: str, argument: str, value: Any, message: 
 def test_only_negative_needs_advantages() -> None:
     with pytest.raises(ValueError, match="advantages are missing"):
         algorithm.entropy_gate(torch.ones(2), 0.1, 0.5, "only_negative")
+
+
+def test_the_weight_of_negative_completions_in_conflict_is_an_option() -> None:
+    """0 is GTPO's; with 1 for both signs nothing is in conflict any more."""
+    runs, lengths = torch.tensor([2, 2]), torch.tensor([3, 3])
+    arguments = (runs, torch.zeros_like(runs), lengths, torch.tensor([1.0, -1.0]), 4)
+    assert algorithm.token_weights(*arguments).tolist() == [[2, 2, 1, 0], [0, 0, 1, 0]]
+    assert algorithm.token_weights(*arguments, negative_weight=0.5).tolist() == [
+        [2, 2, 1, 0],
+        [0.5, 0.5, 1, 0],
+    ]
+    none = algorithm.token_weights(*arguments, 1.0, negative_weight=1.0)
+    assert none.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gtpo_megatron.config import RunConfig
-from gtpo_megatron.config.loading import known_keys, load_config, nearest_key, save_config
+from gtpo_megatron.config import AlgorithmConfig, RunConfig
+from gtpo_megatron.config.loading import known_keys, load_config, nearest_key, read_recorded, save_config
 from gtpo_megatron.errors import UserError
 
 RECIPE = """\
@@ -304,3 +304,41 @@ def test_the_configuration_is_frozen(recipe: Path) -> None:
 def test_nonsense_is_refused_by_name(recipe: Path, override: str) -> None:
     key = override.partition("=")[0]
     assert key.partition(".options.")[0] in error_of(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "advantages"),
+    [
+        ({}, "mean"),
+        ({"name": "grpo"}, "std"),
+        ({"name": "grpo", "normalize": "mean"}, "mean"),
+        ({"normalize": "std"}, "std"),
+    ],
+)
+def test_advantages_are_the_objectives_own_unless_told(algorithm: dict[str, str], advantages: str) -> None:
+    assert AlgorithmConfig(**algorithm).advantages == advantages
+
+
+def test_what_a_run_left_is_read_as_it_stands_or_refused_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: old\nof_another_version: 1\ntraining: {steps: 3}\n")
+    assert read_recorded(path, ["name", "training.steps"])["of_another_version"] == 1
+    for content, message in (
+        ("", "it has no name"),
+        ("17\n", "it has no name"),
+        ("name: [\n", "not valid YAML"),
+        ("[" * 20_000, "nested too deeply"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"config.yaml.*: .*{message}"):
+            read_recorded(path, ["name"])
+    path.write_bytes(b"\xff\xfename: x\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_recorded(path, ["name"])
+
+
+def test_a_recipe_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("[" * 20_000)
+    with pytest.raises(UserError, match=r"recipe\.yaml: nested too deeply"):
+        load_config(path)

@@ -9,6 +9,8 @@ import pytest
 from gtpo_megatron.commands.cli import main
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import YAML_SUFFIXES, load_config
+from gtpo_megatron.machine.probe import Machine
+from gtpo_megatron.plan import checks
 from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes, smallest_world
 from gtpo_megatron.plan.lora import adapter_parameters
@@ -84,6 +86,18 @@ def test_a_combination_that_a_page_names_passes_too(
     assert dry_run([ROOT / file for file in files], overrides, tmp_path, capsys)[::2] == (0, ""), page
 
 
+@pytest.mark.parametrize("recipe", [p for p in REAL if p.parent.name == "large"], ids=lambda path: path.stem)
+def test_a_large_recipe_passes_in_fp8_on_hopper_and_nowhere_else(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [recipe, recipe.with_name("fp8.yaml")]
+    for capability, wanted in (((9, 0), 0), ((8, 0), 2)):
+        machine = Machine(capability, transformer_engine=True)
+        monkeypatch.setattr(checks, "this_machine", lambda machine=machine: machine)
+        code, _, err = dry_run(files, ["name=fp8"], tmp_path, capsys)
+        assert code == wanted and ("compute capability 8.9" in err) == bool(wanted), err
+
+
 def state_gib(config: RunConfig, ranks: int) -> float:
     """GiB of weights, gradients and Adam on the stage that holds most, as a page gives it."""
     shape = read_shape(str(CONFIGS / Path(config.model.path).name))
@@ -123,7 +137,9 @@ def test_the_memory_of_adapters_on_the_page_is_the_planners() -> None:
 
 def test_every_overlay_and_recipe_is_named_by_the_pages() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    page = "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reproduce.md", "evidence.md")
+    )
     assert [path.name for path in REAL if path.name not in readme] == []
     assert [path.name for path in [*REAL, *OVERLAYS] if path.name not in page] == []
 

@@ -105,7 +105,8 @@ def gtpo_by_the_text(
     total = torch.zeros(())
     for place, logprob in enumerate(chosen(logits, t)):
         runs = (place < t.prefix) + (place >= t.length - t.suffix)
-        in_conflict = config.positive_weight if t.advantage > 0 else 0.0 if t.advantage < 0 else 1.0
+        signed = config.positive_weight if t.advantage > 0 else config.negative_weight
+        in_conflict = signed if t.advantage else 1.0
         weight = (in_conflict ** (runs if like_reference else 1)) if runs else 1.0
         gap = logprob.item() - float(t.logprobs[place])
         if config.importance.level == "token":
@@ -138,6 +139,7 @@ OBJECTIVES = {
     "gtpo-only-negative-gated": AlgorithmConfig(gate=GateConfig(mode="only_negative")),
     "gtpo-reference": AlgorithmConfig(compat="reference"),
     "gtpo-off-policy": AlgorithmConfig(old_logprobs="sampler", positive_weight=3.0, gamma=0.3),
+    "gtpo-half-protected": AlgorithmConfig(negative_weight=0.5, positive_weight=1.0),
     "gtpo-importance": AlgorithmConfig(importance=ImportanceConfig(level="token", cap=1.1)),
     "grpo-kl": AlgorithmConfig(name="grpo", clip_high=0.1, kl_beta=0.2, old_logprobs="sampler"),
     "sft": AlgorithmConfig(name="sft"),

@@ -154,22 +154,29 @@ def test_the_recomputation_imports_nothing_that_it_checks() -> None:
     assert not any(name.startswith("megatron") for name in names)
 
 
-@pytest.mark.parametrize("compat", ["paper", "reference"])
-def test_its_parts_are_those_of_the_algorithm(compat: str) -> None:
+@pytest.mark.parametrize(
+    ("compat", "negative", "normalize"),
+    [("paper", 0.0, None), ("reference", 0.0, None), ("paper", 0.5, "std"), ("reference", 1.0, "mean")],
+)
+def test_its_parts_are_those_of_the_algorithm(compat: str, negative: float, normalize: str | None) -> None:
     """The two programs on many batches; the runs above have few conflicts."""
     from gtpo_megatron.algorithm import completion_normalizers, conflict_runs, group_advantages, token_weights
 
     for seed in range(10):
         batch = sample_batch(seed=seed)
-        parts = float64.parts_of(batch, AlgorithmConfig(compat=compat).model_dump())
+        config = AlgorithmConfig(compat=compat, negative_weight=negative, normalize=normalize)
+        parts = float64.parts_of(batch, config.model_dump())
         groups = torch.tensor([t.group for t in batch])
-        advantages = group_advantages(torch.tensor([t.reward for t in batch], dtype=torch.float64), groups)
+        rewards = torch.tensor([t.reward for t in batch], dtype=torch.float64)
+        advantages = group_advantages(rewards, groups, config.advantages)
         lengths = torch.tensor([t.length for t in batch])
         ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
         for row, t in enumerate(batch):
             ids[row, : t.length] = torch.tensor(t.token_ids)
         prefix, suffix = conflict_runs(ids, lengths, advantages, groups)
-        weights = token_weights(prefix, suffix, lengths, advantages, ids.shape[1], 2.0, compat)
+        weights = token_weights(
+            prefix, suffix, lengths, advantages, ids.shape[1], 2.0, compat, negative_weight=negative
+        )
         counts = completion_normalizers(groups, prefix, suffix, compat)
         assert int(prefix.sum()) > 0
         for row, part in enumerate(parts):

@@ -76,6 +76,13 @@ def test_every_combination_is_a_run_with_a_name_of_its_own(tmp_path: Path) -> No
     assert load_sweep(write(tmp_path, {"arm": {"a": []}}))[0].config.training.seed == 7
 
 
+def test_runs_can_be_ordered_by_seed(tmp_path: Path) -> None:
+    axes = {"arm": {"a": [], "b": []}}
+    runs = load_sweep(write(tmp_path, axes, seeds=2, first_seed=7, by_seed=True))
+    assert [run.name for run in runs] == ["s-a-seed7", "s-b-seed7", "s-a-seed8", "s-b-seed8"]
+    assert [run.config.training.seed for run in runs] == [7, 7, 8, 8]
+
+
 @pytest.mark.parametrize(
     ("axes", "more", "message"),
     [

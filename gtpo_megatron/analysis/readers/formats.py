@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import yaml
-
 from gtpo_megatron.analysis.dump import Completions, Dump
 from gtpo_megatron.analysis.readers import nemo_rl, open_instruct, ours, prime_rl, slime, trl, verl
+from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.run.metrics import read_metrics
 
@@ -97,10 +96,7 @@ def _of_our_run(file: Path) -> dict[str, object]:
     run = file.parent.parent
     known: dict[str, object] = {}
     if (run / "config.yaml").is_file():
-        try:
-            model = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}).get("model", {})
-        except yaml.YAMLError as error:
-            raise UserError(f"{run / 'config.yaml'}: not valid YAML: {error}") from error
+        model = read_recorded(run / "config.yaml", ["model.path"])["model"]
         places = [
             model.get("tokenizer") or model.get("path"),
             run / "hf",
