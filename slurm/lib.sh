@@ -16,9 +16,17 @@ say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 end_job() {
   local code=$1
   shift
-  if [ -n "${attempt_dir:-}" ]; then echo "ended $(date +%s.%3N)" >>"$attempt_dir/times"; fi
+  note_end
   say "END $*"
   exit "$code"
+}
+
+# note_end: when the attempt ended, once; nothing before begin_attempt.
+note_end() {
+  if [ -n "${attempt_dir:-}" ] && [ -z "${end_noted:-}" ]; then
+    end_noted=1
+    echo "ended $(date +%s.%3N)" >>"$attempt_dir/times"
+  fi
 }
 
 # begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
@@ -236,6 +244,7 @@ end_command() {
 # requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
+  note_end # before Slurm ends what this shell starts
   if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
     if [ -n "${avoid:-}" ]; then leave_out "$avoid"; fi
     end_job 0 "$1; requeued${avoid:+ without $avoid}"
