@@ -4,6 +4,7 @@
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
+#                        and times: when it began, in seconds since 1970, for which job; when it ended
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
 #   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
@@ -15,8 +16,17 @@ say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 end_job() {
   local code=$1
   shift
+  note_end
   say "END $*"
   exit "$code"
+}
+
+# note_end: when the attempt ended, once; nothing before begin_attempt.
+note_end() {
+  if [ -n "${attempt_dir:-}" ] && [ -z "${end_noted:-}" ]; then
+    end_noted=1
+    echo "ended $(date +%s.%3N)" >>"$attempt_dir/times"
+  fi
 }
 
 # begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
@@ -28,6 +38,7 @@ begin_attempt() {
   attempt=1
   until mkdir "$attempts/$attempt" 2>/dev/null; do attempt=$((attempt + 1)); done
   attempt_dir=$attempts/$attempt
+  echo "began $(date +%s.%3N) ${SLURM_JOB_ID:-none}" >"$attempt_dir/times"
   ln -sfn "$attempt" "$attempts/latest"
   # Slurm sends SIGTERM to ranks and to this shell alike: at scancel, preemption, requeue and the time limit.
   # The ranks write their checkpoint; this shell waits for them.
@@ -233,6 +244,7 @@ end_command() {
 # requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
+  note_end # before Slurm ends what this shell starts
   if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
     if [ -n "${avoid:-}" ]; then leave_out "$avoid"; fi
     end_job 0 "$1; requeued${avoid:+ without $avoid}"

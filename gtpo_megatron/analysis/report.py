@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gtpo_megatron.analysis.figures import plot_run
+from gtpo_megatron.analysis.goodput import Goodput, goodput_notes, goodput_rows, read_goodput
 from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.run.metrics import Metric, read_metrics
@@ -67,18 +68,19 @@ def write_report(run_dir: Path | str, console: Console | None = None) -> Path:
         )
     window = max(1, min(5, len(_training_rows(rows)) // 4))
     changes = _changes(rows, window)
+    goodput = read_goodput(run_dir, rows)
 
     summary = run_dir / "summary.md"
     try:
         plot_run(
             rows, run_dir / "report.png", title=config["name"]
         )  # first: the summary lists the files that there are
-        summary.write_text(_summary(run_dir, config, rows, changes, window), encoding="utf-8")
+        summary.write_text(_summary(run_dir, config, rows, changes, window, goodput), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{run_dir}: the report cannot be written there: {error.strerror or error}; copy the run, or make room"
         ) from error
-    _print(console or Console(), run_dir, rows, changes, window)
+    _print(console or Console(), run_dir, rows, changes, window, goodput)
     return summary
 
 
@@ -111,7 +113,12 @@ def _stages(rows: list[dict[str, Metric]]) -> dict[str, float]:
 
 
 def _summary(
-    run_dir: Path, config: dict[str, Any], rows: list[dict[str, Metric]], changes: list[Change], window: int
+    run_dir: Path,
+    config: dict[str, Any],
+    rows: list[dict[str, Metric]],
+    changes: list[Change],
+    window: int,
+    goodput: Goodput,
 ) -> str:
     minutes = (rows[-1]["time"] - rows[0]["time"]) / 60
     steps = rows[-1]["step"]
@@ -141,10 +148,16 @@ def _summary(
         total = sum(stages.values()) or 1.0
         table = [(name, f"{seconds:.2f}", f"{seconds / total:.0%}") for name, seconds in stages.items()]
         lines += ["", "## Seconds per step", "", *markdown_table(("stage", "seconds", "share"), table)]
+        lines += _goodput_section(goodput)
     lines += _alarm_section(rows)
     lines += _trajectory_section(TrajectoryStore(run_dir / "trajectories"))
     lines += ["", "## Files", "", *(f"- `{name}`" for name in _files(run_dir)), ""]
     return "\n".join(lines)
+
+
+def _goodput_section(goodput: Goodput) -> list[str]:
+    table = markdown_table(("went into", "seconds", "share"), goodput_rows(goodput))
+    return ["", "## Where the time went", "", goodput_notes(goodput), "", *table]
 
 
 def _alarm_section(rows: list[dict[str, Metric]]) -> list[str]:
@@ -217,7 +230,12 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
 
 
 def _print(
-    console: Console, run_dir: Path, rows: list[dict[str, Metric]], changes: list[Change], window: int
+    console: Console,
+    run_dir: Path,
+    rows: list[dict[str, Metric]],
+    changes: list[Change],
+    window: int,
+    goodput: Goodput,
 ) -> None:
     table = Table(title=f"{run_dir.name}: step {rows[-1]['step']}", title_justify="left")
     table.add_column("metric")
@@ -226,6 +244,14 @@ def _print(
     for change in changes:
         table.add_row(change.name, number(change.first), number(change.last))
     console.print(table)
+    if goodput.stages:
+        times = Table(title="where the time went", title_justify="left", caption=goodput_notes(goodput))
+        times.add_column("went into")
+        times.add_column("seconds", justify="right")
+        times.add_column("share", justify="right")
+        for line in goodput_rows(goodput):
+            times.add_row(*line)
+        console.print(times)
     for name in ("summary.md", "report.png"):
         console.print(str(run_dir / name), markup=False, highlight=False, soft_wrap=True)
 

@@ -13,6 +13,8 @@ from gtpo_megatron.config import LoggingConfig
 from gtpo_megatron.errors import UserError
 
 Metric = float | int | bool | str | None
+METRICS = "metrics.jsonl"
+DISCARDED = "discarded.jsonl"  # lines of steps that were lost and made again
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path | str, config: LoggingConfig) -> None:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = self._run_dir / "metrics.jsonl"
+        self.path = self._run_dir / METRICS
         self._config = config
         self._wandb = _start_wandb(self._run_dir, config) if config.wandb else None
         self._tensorboard = None
@@ -71,9 +73,18 @@ class MetricsWriter:
             self._wandb.log(numbers, step=step)
 
     def truncate_after(self, step: int) -> None:
-        """Forget the steps after `step`, which a resumed run will make again. Atomic."""
+        """Move the steps after `step`, which a resumed run will make again, to `discarded.jsonl`.
+
+        Atomic for the metrics; a process that is killed here leaves the lines in both files, and the next moves them again.
+        """
         self._file.close()
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        lines = read_metrics(self.path)
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines):
+            discarded = self._run_dir / DISCARDED
+            _drop_partial_line(discarded)
+            with discarded.open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(line)}\n" for line in lines if line["step"] > step)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(line)}\n" for line in kept)

@@ -53,7 +53,8 @@ def test_resuming_drops_the_later_steps_and_appends(tmp_path: Path) -> None:
         (3, 3),
         (4, 40),
     ]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [row["step"] for row in read_metrics(tmp_path / "discarded.jsonl")] == [4, 5]
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "discarded.jsonl"}
 
 
 def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:

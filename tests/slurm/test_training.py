@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
     assert "END failed at step 7: node2: task 1: Killed" in log
     assert log.splitlines()[-1].endswith("END complete at step 12")
     logs = {path.name for path in (run / "attempts" / "latest").iterdir()}
-    assert logs == {"pulse", "srun.log", "rank-0.log", "rank-1.log"}
+    assert logs == {"pulse", "times", "srun.log", "rank-0.log", "rank-1.log"}
     assert (read_status(run).state, read_status(run).exit_code) == ("complete", COMPLETE)
 
     # left alone, and by a plain srun: that it is one world of two shows in the logs of its ranks

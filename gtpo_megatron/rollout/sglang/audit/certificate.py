@@ -16,7 +16,8 @@ from gtpo_megatron.errors import UserError
 # Mean |difference| in nats per token above which something is wrong rather than rounded. fp32: two orders above what
 # equal weights show (1e-6 to 1e-5), far below one step's change of the weights. bf16: healthy pairs show 0.005 to
 # 0.02, growing with depth. FP8 on either side adds its own quantisation.
-DEFAULT_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 2e-1}
+# FP8: 0.16 to 0.17 were measured beside bf16 on a small model (docs/results/fp8-emulated.md); nearly a factor of two is left
+DEFAULT_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 3e-1}
 
 
 @dataclass(frozen=True)
