@@ -244,7 +244,8 @@ end_command() {
 # requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
-  note_end # before Slurm ends what this shell starts
+  trap '' TERM # of the requeue: what is started here ignores it too, and has the time until SIGKILL
+  note_end
   if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
     if [ -n "${avoid:-}" ]; then leave_out "$avoid"; fi
     end_job 0 "$1; requeued${avoid:+ without $avoid}"

@@ -34,5 +34,11 @@ def hold(run: Path, step: int) -> None:
     partial.replace(run.parents[1] / "hold")
 
 
+def wait_until_held(run: Path, step: int) -> None:
+    """Until the run stands where `hold` lets it wait: the next step's batch is sampled, and being scored."""
+    reached = run.parents[1] / "hold.reached"
+    wait_until(lambda: reached.exists() and reached.read_text() == str(step), f"scoring after step {step}")
+
+
 def ended(run: Path) -> list[list[str]]:
     return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]

@@ -14,7 +14,7 @@ from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
 from gtpo_megatron.run.metrics import read_metrics
-from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until
+from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until, wait_until_held
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
@@ -44,6 +44,7 @@ def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
     jobs = [(job["job_id"], job["state"], job["nodes"]) for job in shown["jobs"]]
     assert jobs == [(job_id, "RUNNING", "node[1-2]")]
 
+    wait_until_held(run, 3)
     cluster.run("scancel", "--signal=USR1", job_id)
     wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
     hold(run, 7)
@@ -129,7 +130,7 @@ def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
     run = recipe.parent / "runs" / "small"
     hold(run, 2)
     job_id = submit("small", "training.steps=4")
-    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    wait_until_held(run, 2)
     words = ("--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
     urgent = cluster.run("sbatch", *words, "--wrap=true", environment=environment).stdout.strip()
     wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
@@ -171,7 +172,7 @@ def test_a_run_is_stopped_for_good_and_later_cancelled(
     run = recipe.parent / "runs" / "small"
     hold(run, 2)
     first = submit("small")
-    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    wait_until_held(run, 2)
     cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
     cluster.run("scancel", "--signal=USR1", first)
     wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
@@ -181,7 +182,7 @@ def test_a_run_is_stopped_for_good_and_later_cancelled(
     assert "END stopped after step 3; cannot be requeued (" in last_line(run, first)
 
     second = submit("small")
-    wait_until(lambda: len(steps(run)) == 6, "six steps")
+    wait_until_held(run, 6)
     cluster.run("scancel", second)
     (run.parents[1] / "hold").unlink()
     wait_until(lambda: len(ended(run)) == 2, "the second attempt has ended")
@@ -244,7 +245,7 @@ def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhil
     conversion = after(job_id, "convert.sbatch", "--no-logits")
     evaluation = after(conversion, "evaluate.sbatch", f"model.path={run / 'converted'}")
     refused = after(conversion, "convert.sbatch")  # there is one already
-    wait_until(lambda: len(steps(run)) == 2, "two steps")
+    wait_until_held(run, 2)
     cluster.run("scancel", "--signal=USR1", job_id)
     wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
     (run.parents[1] / "hold").unlink()
