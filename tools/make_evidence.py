@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from make_quickstart import make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from make_quickstart import make_model, make_tokenizer
 
 PAIRS = [(a, b) for a in range(10) for b in range(10)]
 HELD_OUT = 40  # sums that reinforcement learning never asks for; the teacher's rows have all of them
@@ -32,26 +30,6 @@ TASKS = {
     "rare-format": Task(malformed=0.9),
 }
 LETTERS = "abcdef"
-
-
-def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
-    """Three layers of width 64."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
 
 
 def taught(rng: random.Random, task: Task) -> dict[str, str]:
@@ -81,7 +59,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = make_tokenizer()
-    make_model(len(tokenizer), arguments.seed).save_pretrained(arguments.directory / "model")
+    model = make_model(len(tokenizer), arguments.seed, hidden=64, layers=3)
+    model.save_pretrained(arguments.directory / "model")
     tokenizer.save_pretrained(arguments.directory / "model")
     pairs = random.Random(arguments.seed).sample(PAIRS, len(PAIRS))
     for name, task in TASKS.items():

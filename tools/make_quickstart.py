@@ -32,15 +32,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
-    """About 0.8 million parameters."""
+def make_model(vocabulary: int, seed: int, *, hidden: int = 128, layers: int = 4) -> LlamaForCausalLM:
+    """A Llama of random weights; about 0.8 million of them by default."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,

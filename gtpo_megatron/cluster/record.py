@@ -64,7 +64,10 @@ def read_starts(run: Path) -> list[Start]:
         if path.parent.is_symlink() or not path.parent.name.isdigit():
             continue
         number = int(path.parent.name)
-        words = [line.split() for line in path.read_text(errors="replace").splitlines()]
+        try:
+            words = [line.split() for line in path.read_text(errors="replace").splitlines()]
+        except OSError:
+            continue
         began = [row for row in words if len(row) == 3 and row[0] == "began" and _TIME.fullmatch(row[1])]
         ended = [row for row in words if len(row) == 2 and row[0] == "ended" and _TIME.fullmatch(row[1])]
         if began:

@@ -2,24 +2,19 @@
 
 import fcntl
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
-from packaging.requirements import Requirement
-from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gtpo_megatron.machine.packages import Finding, Status, origin, required_package, version_of
 from gtpo_megatron.machine.probe import (
     FP8_CAPABILITY,
     FUSED_WEIGHT_GRADIENT,
@@ -28,7 +23,6 @@ from gtpo_megatron.machine.probe import (
     transformer_engine_versions,
 )
 
-Status = Literal["ok", "absent", "warning", "error"]
 MARKS: dict[Status, str] = {
     "ok": "[green]ok[/]",
     "absent": "[dim]-[/]",
@@ -41,20 +35,6 @@ INSTALL_APEX = (
     "install it from NVIDIA's source, github.com/NVIDIA/apex (see requirements/cluster.txt); optional"
 )
 PROBE_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the table."""
-
-    name: str
-    status: Status
-    found: str
-    source: str = ""  # where the package came from
-    advice: str = ""  # what to do about it
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def examine() -> list[Finding]:
@@ -81,49 +61,6 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
                 soft_wrap=True,
                 highlight=False,
             )
-
-
-def origin(name: str) -> str:
-    """Where an installed distribution came from: a repository, a local folder, an index, or a system's own folder."""
-    distribution = metadata.distribution(name)
-    direct = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if "vcs_info" in direct:
-        return f"{direct['url']}@{direct['vcs_info'].get('commit_id', '?')[:9]}"
-    if direct:
-        return direct["url"]
-    folder = Path(str(distribution.locate_file("")))
-    if not folder.is_relative_to(sys.prefix):
-        return f"{folder} (outside this environment)"
-    return f"package index ({(distribution.read_text('INSTALLER') or 'unknown installer').strip()})"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _pin(name: str) -> str | None:
-    """The version that this project's own metadata pins for a package, on this Python."""
-    requirements = (Requirement(text) for text in metadata.requires("gtpo-megatron") or [])
-    matching = (
-        r for r in requirements if r.name == name and (r.marker is None or r.marker.evaluate({"extra": ""}))
-    )
-    return next((spec.version for r in matching for spec in r.specifier if spec.operator == "=="), None)
-
-
-def _package(name: str, install: str) -> Finding:
-    """A package that training cannot do without, against its pin."""
-    version = _version(name)
-    if version is None:
-        return Finding(name, "error", "not installed", advice=install)
-    pin = _pin(name) if _version("gtpo-megatron") else None
-    if pin is not None and Version(version).public != Version(pin).public:
-        return Finding(
-            name, "warning", f"{version}, tested with {pin}", origin(name), f"pip install {name}=={pin}"
-        )
-    return Finding(name, "ok", version, origin(name))
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -159,7 +96,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
-    package = _package("torch", "make .venv, or pip install the version in requirements/trainer.txt")
+    package = required_package("torch", "make .venv, or pip install the version in requirements/trainer.txt")
     yield package
     if package.status == "error":
         return
@@ -217,7 +154,7 @@ def _nvidia_driver() -> str | None:
 
 
 def _megatron_core() -> Iterator[Finding]:
-    finding = _package("megatron-core", "make .venv, or pip install -r requirements/trainer.txt")
+    finding = required_package("megatron-core", "make .venv, or pip install -r requirements/trainer.txt")
     if finding.status == "error":
         yield finding
         return
@@ -235,7 +172,7 @@ def _megatron_core() -> Iterator[Finding]:
 
 
 def _megatron_bridge() -> Iterator[Finding]:
-    core, bridge = _version("megatron-core"), _version("megatron-bridge")
+    core, bridge = version_of("megatron-core"), version_of("megatron-bridge")
     install = "pip install --no-deps -r requirements/trainer-nodeps.txt"
     if bridge is None:
         yield Finding("megatron-bridge", "error", "not installed", advice=install)
@@ -260,12 +197,12 @@ def _line(version: str) -> str:
 
 
 def _transformers() -> Iterator[Finding]:
-    yield _package("transformers", "make .venv, or pip install -r requirements/trainer.txt")
+    yield required_package("transformers", "make .venv, or pip install -r requirements/trainer.txt")
 
 
 def _transformer_engine() -> Iterator[Finding]:
-    name, meta = "Transformer Engine", _version("transformer-engine")
-    cores = {cuda: v for cuda in ("12", "13") if (v := _version(f"transformer-engine-cu{cuda}"))}
+    name, meta = "Transformer Engine", version_of("transformer-engine")
+    cores = {cuda: v for cuda in ("12", "13") if (v := version_of(f"transformer-engine-cu{cuda}"))}
     package, core, extension = transformer_engine_parts()
     if meta is None and not cores and not package:
         yield Finding(
@@ -320,7 +257,7 @@ def _torch_cuda() -> str | None:
 
 
 def _apex() -> Iterator[Finding]:
-    folder, version = _package_folder("apex"), _version("apex")
+    folder, version = _package_folder("apex"), version_of("apex")
     if folder is None and version is None:
         yield Finding(
             "apex",
@@ -355,7 +292,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def _sglang() -> Iterator[Finding]:
-    here = _version("sglang")
+    here = version_of("sglang")
     if here is not None:
         advice = "its pins conflict with the trainer's: pip uninstall sglang, then make sglang"
         yield Finding("SGLang", "warning", f"{here} in the trainer's environment", origin("sglang"), advice)

@@ -19,6 +19,7 @@ from gtpo_megatron.plan.layout import (
 )
 from gtpo_megatron.plan.lora import lora_problems
 from gtpo_megatron.plan.precision import fp8_settings_problems, precision_problems
+from gtpo_megatron.plan.rollout import engine_problems, server_problems
 from gtpo_megatron.rewards.terms import check_options, import_function, term_function
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -90,42 +91,7 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
     """Settings that contradict each other, or that would silently have no effect."""
     rollout, server = config.rollout, config.rollout.sglang
     sampled = config.algorithm.name != "sft"
-    if rollout.engine == "embedded":
-        for key, value in server.changed():
-            yield f"rollout.sglang.{key}: {value!r} has no effect with rollout.engine: embedded; set rollout.engine: sglang or drop it"
-        if rollout.oversample > 1:
-            yield (
-                f"rollout.oversample: {rollout.oversample} needs rollout.engine: sglang; "
-                "the embedded engine finishes its groups together, so there is no long tail to cut"
-            )
-        if rollout.staleness > 1:
-            yield (
-                f"rollout.staleness: {rollout.staleness} needs rollout.engine: sglang; the embedded engine samples one "
-                "batch ahead at most, so that a seed fixes the weights of every batch"
-            )
-    else:
-        if rollout.batch_size != type(rollout).model_fields["batch_size"].default:
-            yield (
-                f"rollout.batch_size: {rollout.batch_size} belongs to rollout.engine: embedded; "
-                "with sglang set rollout.sglang.concurrency"
-            )
-        given = [f"rollout.sglang.{key}" for key in ("urls", "urls_file", "urls_dir") if getattr(server, key)]
-        if len(given) > 1:
-            yield f"{' and '.join(given)}: give one of the two"
-        for key in ("servers", "tensor", "first_gpu"):
-            value = getattr(server, key)
-            if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
-                yield f"rollout.sglang.{key}: {value}: servers are given by URL, so none is started; drop one of the two"
-        if server.host not in ("127.0.0.1", "localhost", "::1") and server.api_key is None:
-            yield (
-                f"rollout.sglang.host: {server.host} is reachable from other machines: "
-                "set rollout.sglang.api_key (e.g. env:SGLANG_API_KEY)"
-            )
-        if server.partial and not (rollout.staleness or server.group_timeout_s or rollout.oversample > 1):
-            yield (
-                "rollout.sglang.partial: true continues unfinished completions, but here none is ever left unfinished: "
-                "it needs rollout.staleness, rollout.sglang.group_timeout_s or rollout.oversample"
-            )
+    yield from engine_problems(rollout)
     off_policy = config.algorithm.importance.level != "off" or config.algorithm.old_logprobs == "sampler"
     if server.partial and rollout.oversample > 1 and not off_policy:
         yield (
@@ -155,20 +121,6 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
             "the learning rate would never be reached"
         )
     yield from fp8_settings_problems(config)
-
-
-def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
-    """SGLang servers to be started here for which there are no GPUs."""
-    server = config.rollout.sglang
-    if config.rollout.engine != "sglang" or server.given or not machine.gpus:
-        return
-    gpus = server.gpus(machine.local_ranks)
-    if gpus.stop > machine.gpus:
-        yield (
-            f"rollout.sglang: {server.servers} servers of tensor {server.tensor} would take the GPUs {gpus.start} to "
-            f"{gpus.stop - 1}, but this process sees {machine.gpus}: start fewer ranks or servers here, give servers by "
-            "URL, or set rollout.sglang.first_gpu to share GPUs (with --mem-fraction-static in rollout.sglang.args)"
-        )
 
 
 def layout_problems(parallel: ParallelConfig, shape: HFShape, world_size: int) -> Iterator[str]:

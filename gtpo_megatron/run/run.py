@@ -196,7 +196,9 @@ class Run:
 
         if not embedded:
             sglang = config.rollout.sglang
-            which = ", ".join(sglang.urls) or sglang.urls_file or f"starting {sglang.servers}"
+            which = (
+                ", ".join(sglang.urls) or sglang.urls_file or sglang.urls_dir or f"starting {sglang.servers}"
+            )
             self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
         with self.progress.stage("start of the engine"):
             together(lambda: start() if embedded or self.main else None)

@@ -98,6 +98,8 @@ def test_the_scripts_leave_the_times_that_are_read(tmp_path: Path) -> None:
     with (run / "attempts" / "2" / "times").open("w") as file:
         file.write("began 17")  # cut short
     assert read_starts(run) == [first]
+    (run / "attempts" / "3" / "times").mkdir(parents=True)  # no file
+    assert read_starts(run) == [first]
     with MetricsWriter(run, LoggingConfig(tensorboard=False)) as metrics:
         for number in (1, 2, 3):
             metrics.log(number, {"seconds/training": 0.0})

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from gtpo_megatron.commands.cli import main
 from gtpo_megatron.machine import doctor
-from gtpo_megatron.machine.doctor import Finding, examine, origin, print_findings
+from gtpo_megatron.machine.doctor import examine, print_findings
+from gtpo_megatron.machine.packages import Finding, origin, required_package
 
 
 @pytest.fixture
@@ -163,9 +164,9 @@ def test_a_version_other_than_the_pin_is_a_warning(install: Install, monkeypatch
             'Requires-Dist: sometool==1.2.3; python_version >= "3"\nRequires-Dist: sometool==1.0; python_version < "3"\n'
         )
     install("sometool", "1.2.0+local")
-    finding = doctor._package("sometool", "")
+    finding = required_package("sometool", "")
     assert finding.status == "warning" and finding.found == "1.2.0+local, tested with 1.2.3"
-    assert doctor._package("no-such-tool", "pip install it").status == "error"
+    assert required_package("no-such-tool", "pip install it").status == "error"
 
 
 def test_sglang_beside_the_trainer_and_in_its_own_environment(

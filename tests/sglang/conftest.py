@@ -21,6 +21,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor
 from gtpo_megatron.rollout.sglang import SGLangEngine, Timing
 from gtpo_megatron.rollout.sglang.servers.launch import Launch, Process, end_all, make_launch
+from gtpo_megatron.rollout.sglang.servers.states import Worker
 from tests.sglang.proxy import FaultyProxy
 from tests.tiny_models import make_tiny_checkpoint
 
@@ -185,3 +186,19 @@ def logprobs_of(
     with torch.no_grad():
         logits = model(sequence).logits[0, len(prompt_ids) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids).long()[:, None])[:, 0].numpy()
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every change of a state of a worker from here on."""
+    seen: list[tuple[str, str]] = []
+    move = Worker.move
+
+    def record(self: Worker, state: str, reason: str) -> None:
+        before = self.state
+        move(self, state, reason)
+        if before != state:
+            seen.append((before, state))
+
+    monkeypatch.setattr(Worker, "move", record)
+    return seen

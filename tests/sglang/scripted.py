@@ -18,7 +18,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor
 from gtpo_megatron.rollout.sglang.client import Refused, ServerFault, ServerInfo
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
-from gtpo_megatron.rollout.sglang.servers.states import Timing
+from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
 from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot, pack
 from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 Health = Literal["well", "erring", "hung", "dead"]
 LATENCY_S = 0.01
 ON_DISK = "what the checkpoint holds"
+TIMING = Timing(health_interval_s=2.0, health_timeout_s=4.0, drain_s=5.0, control_s=3.0, transfer_s=6.0)
 
 
 class _Clock(selectors.DefaultSelector):
@@ -296,3 +297,34 @@ async def rehearsal(
         assert running.fleet.failure is None
     finally:
         await running.pool.close()
+
+
+async def request(running: Rehearsal, preferred: Worker | None = None, seconds: float = 0.1) -> str:
+    """One request, sent again until it is answered, as the sampler does."""
+    while True:
+        worker = await running.fleet.acquire(preferred, first=False)
+        tag = running.fleet.tag
+        try:
+            version = await running.fleet.run(worker, lambda url: running.client.generate(url, seconds))
+        except ServerFault:
+            continue
+        if version == tag:
+            return version
+        running.fleet.outdated(worker, version)
+
+
+def check_sound(running: Rehearsal) -> None:
+    """Whoever is sampled from holds the current weights, and no more requests than it may."""
+    for worker in running.fleet.workers:
+        assert 0 <= worker.inflight <= 4
+        server = running.servers.get(worker.url)
+        if worker.state == "ready" and running.fleet.gate_open and server.version == running.fleet.tag:
+            assert running.holds_current(server), worker
+            assert not server.paused
+
+
+async def keep_checking(running: Rehearsal) -> None:
+    """`check_sound` until it fails, or is cancelled."""
+    while True:
+        check_sound(running)
+        await asyncio.sleep(0.25)

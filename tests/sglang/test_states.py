@@ -1,36 +1,23 @@
-"""The state machine of servers, without servers: every move, what leads to it, patience by a clock that jumps, and chance."""
+"""The state machine of servers, without servers: every move, what leads to it, and patience by a clock that jumps."""
 
 import asyncio
-import logging
-import random
 from collections.abc import Awaitable, Callable
 from itertools import product
 
 import pytest
 
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang.client import ServerFault
-from gtpo_megatron.rollout.sglang.servers.states import MOVES, Timing, Worker
-from tests.sglang.scripted import ON_DISK, FakeServer, Rehearsal, in_fake_time, rehearsal
-
-TIMING = Timing(health_interval_s=2.0, health_timeout_s=4.0, drain_s=5.0, control_s=3.0, transfer_s=6.0)
-SEQUENCES, FAULTS = 2000, 12  # random ones, and of each; a longer run is marked soak
-
-
-@pytest.fixture
-def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Every change of a state of a worker from here on."""
-    seen: list[tuple[str, str]] = []
-    move = Worker.move
-
-    def record(self: Worker, state: str, reason: str) -> None:
-        before = self.state
-        move(self, state, reason)
-        if before != state:
-            seen.append((before, state))
-
-    monkeypatch.setattr(Worker, "move", record)
-    return seen
+from gtpo_megatron.rollout.sglang.servers.states import MOVES, Worker
+from tests.sglang.scripted import (
+    ON_DISK,
+    TIMING,
+    Rehearsal,
+    check_sound,
+    in_fake_time,
+    keep_checking,
+    rehearsal,
+    request,
+)
 
 
 def scenario(
@@ -43,20 +30,6 @@ def scenario(
             await test(running)
 
     in_fake_time(play())
-
-
-async def request(running: Rehearsal, preferred: Worker | None = None, seconds: float = 0.1) -> str:
-    """One request, sent again until it is answered, as the sampler does."""
-    while True:
-        worker = await running.fleet.acquire(preferred, first=False)
-        tag = running.fleet.tag
-        try:
-            version = await running.fleet.run(worker, lambda url: running.client.generate(url, seconds))
-        except ServerFault:
-            continue
-        if version == tag:
-            return version
-        running.fleet.outdated(worker, version)
 
 
 @pytest.mark.parametrize(("before", "after"), product(MOVES, MOVES))
@@ -242,7 +215,7 @@ def test_a_server_restarted_within_an_update_never_counts_as_updated(path: str, 
 
     async def play(running: Rehearsal) -> None:
         server, worker = running.server(0), running.fleet.workers[0]
-        checking = asyncio.create_task(_check_always(running))
+        checking = asyncio.create_task(keep_checking(running))
         if restored:
             server.restart()
             await running.until(lambda: worker.state == "stale")
@@ -250,7 +223,7 @@ def test_a_server_restarted_within_an_update_never_counts_as_updated(path: str, 
         else:
             server.restart_after = path
             await running.update()
-            _check(running)
+            check_sound(running)
         await running.until(lambda: server.restart_after is None)
         await running.all_ready()
         assert running.holds_current(server)
@@ -414,98 +387,8 @@ def test_one_mistake_in_the_program_reaches_those_who_wait() -> None:
     in_fake_time(play())
 
 
-@pytest.mark.parametrize(
-    "seeds",
-    [range(SEQUENCES), pytest.param(range(SEQUENCES, 10 * SEQUENCES), marks=pytest.mark.soak)],
-    ids=["some", "many"],
-)
-def test_random_faults_are_survived(
-    seeds: range, moves: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever happens: no wrong sample, no lost request, no forbidden move; and once it ends, all are ready again."""
-    caplog.set_level(logging.CRITICAL, "gtpo_megatron")  # a warning for each fault
-    for seed in seeds:
-        in_fake_time(_random_run(random.Random(seed)))
-    assert set(moves) == {(before, after) for before, followers in MOVES.items() for after in followers}
-
-
-async def _random_run(chance: random.Random) -> None:
-    owned = chance.random() < 0.5
-    async with rehearsal(3, TIMING, owned, concurrency=4) as running:
-        workers = running.fleet.workers
-        answered: list[str] = []
-
-        async def sample() -> None:
-            answered.append(await request(running, chance.choice(workers), chance.uniform(0.0, 2.0)))
-
-        checking = asyncio.create_task(_check_always(running))
-        requests = []
-        updating: asyncio.Task[None] | None = None
-        for _ in range(FAULTS):
-            requests += [asyncio.create_task(sample()) for _ in range(chance.randrange(3))]
-            if chance.random() < 0.3 and (updating is None or updating.done()):
-                updating = asyncio.create_task(running.update())  # so that the next ones fall into it
-            else:
-                _misfortune(running, chance)
-            await asyncio.sleep(chance.choice((0.0, 0.005, 0.03, 0.1, 1.0, 4.0)))
-        for server in running.servers.values():
-            server.broken.clear()
-            if server.health in ("erring", "hung"):
-                server.health = "well"
-            elif server.health == "dead" and not owned:
-                server.restart()
-        if updating is not None:
-            await updating
-        await running.all_ready()
-        await asyncio.gather(*requests)
-        assert not checking.done(), checking.exception()
-        checking.cancel()
-        _check(running)
-        assert len(answered) == len(requests)
-        assert [worker.inflight for worker in workers] == [0, 0, 0]
-
-
-async def _check_always(running: Rehearsal) -> None:
-    while True:
-        _check(running)
-        await asyncio.sleep(0.25)
-
-
-def _check(running: Rehearsal) -> None:
-    for worker in running.fleet.workers:
-        assert 0 <= worker.inflight <= 4
-        server = running.servers.get(worker.url)
-        if worker.state == "ready" and running.fleet.gate_open and server.version == running.fleet.tag:
-            assert running.holds_current(server), worker
-            assert not server.paused
-
-
-def _misfortune(running: Rehearsal, chance: random.Random) -> None:
-    """One thing that goes wrong, or right again."""
-    server: FakeServer = running.server(chance.randrange(3))
-    kind = chance.randrange(6)
-    if kind == 0:
-        server.health = "dead"
-        for process in running.launch.processes if running.launch else ():
-            if process.server is server:
-                process.end()
-    elif kind == 1:
-        server.health = chance.choice(("erring", "hung"))
-    elif kind == 2:
-        path = chance.choice(("/generate", "/health", "/begin_weight_update", "/update_weights_from_tensor"))
-        server.broken[path] = chance.choice(("erring", "hung"))
-    elif kind == 3 and server.health == "well":
-        server.restart()  # behind our back
-    elif kind == 4 and running.launch is None:
-        server.restart()
-    else:
-        server.broken.clear()
-        if server.health in ("erring", "hung"):
-            server.health = "well"
-
-
 def test_the_checkpoint_is_not_what_an_update_gives() -> None:
-    """The scripted servers can tell weights apart, on which the tests above rest."""
+    """The scripted servers can tell weights apart, on which these tests rest."""
 
     async def play(running: Rehearsal) -> None:
         before = running.server(0).held
