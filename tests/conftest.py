@@ -37,6 +37,23 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+# Rooms whose tests share a costly thing: each runs in one process (pytest-xdist), the longest first.
+ROOMS = ("slurm", "sglang")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What stays together where tests run in several processes: a room of ROOMS, else a file."""
+
+    def group(item: pytest.Item) -> str:
+        path = item.path.relative_to(config.rootpath / "tests")
+        return path.parts[0] if path.parts[0] in ROOMS else str(path)
+
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+        items.sort(key=lambda item: ROOMS.index(group(item)) if group(item) in ROOMS else len(ROOMS))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Gloo ranks in long-lived worker processes; see RankPool.run."""
