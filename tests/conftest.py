@@ -39,14 +39,15 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 # Rooms whose tests share a costly thing: each runs in one process (pytest-xdist), the longest first.
 ROOMS = ("slurm", "sglang")
+TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What stays together where tests run in several processes: a room of ROOMS, else a file."""
 
     def group(item: pytest.Item) -> str:
-        path = item.path.relative_to(config.rootpath / "tests")
-        return path.parts[0] if path.parts[0] in ROOMS else str(path)
+        room = next((room for room in ROOMS if TESTS / room in item.path.parents), None)
+        return room or str(item.path)
 
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
