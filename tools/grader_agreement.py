@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""The same completions scored by our grader and by the field's: how often they agree, and where they do not.
+
+    tools/grader_agreement.py --lm-eval PYTHON --sgl-eval PYTHON --data FOLDER EVALUATION...
+
+EVALUATION is a directory that `gtpo-megatron evaluate` wrote: its completions are scored. FOLDER has gsm8k/test.jsonl and
+math500/test.jsonl: their answers are scored, each in the forms of FORMS, right and wrong. PYTHON is an interpreter of a virtual environment
+that has the grader (docs/evaluation.md says how to make them); it runs in a process of its own (tools/foreign_graders.py), which
+knows nothing of this project. Prints Markdown; --json writes counts and every disagreement.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gtpo_megatron.config import DataConfig
+from gtpo_megatron.data.prompts import load_questions
+from gtpo_megatron.errors import UserError
+from gtpo_megatron.evaluation.results import grader, read_results
+from gtpo_megatron.rewards.answers import stated_answer
+from gtpo_megatron.rewards.terms import math_verify_correct
+from gtpo_megatron.trajectories.store import TrajectoryStore
+
+WORKER = Path(__file__).with_name("foreign_graders.py")
+_TAGS = "<reasoning>\nThe two give it.\n</reasoning>\n<answer>\n{}\n</answer>"
+# name -> completion around an answer; {a} is the reference, {b} another problem's
+FORMS = {
+    "tags": _TAGS.format("{a}"),
+    "tags, wrong": _TAGS.format("{b}"),
+    "box": "The two give it, so we have $\\boxed{{{a}}}$.",
+    "box, wrong": "The two give it, so we have $\\boxed{{{b}}}$.",
+}
+NUMBERS = {
+    "####": "The two give it.\n#### {a}",
+    "####, wrong": "The two give it.\n#### {b}",
+    "sentence": "The two give it. The answer is {a}.",
+    "money": "The two give it, so she pays ${a}.",
+    "decimals": _TAGS.format("{a}.00"),
+    "unit": _TAGS.format("{a} apples"),
+    "text after": _TAGS.format("{a}") + "\nI checked it 2 times.",
+    "one of two": _TAGS.format("{b} or {a}"),
+    "denied": _TAGS.format("not {a}"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A completion to score."""
+
+    set: str
+    completion: str
+    answer: str
+    form: str = ""  # of an answer that was put into one
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A completion that ours and another grader judge differently, and what each read as its answer."""
+
+    grader: str
+    set: str
+    form: str
+    reason: str
+    answer: str
+    ours: str | None
+    ours_right: bool
+    theirs: str | None
+    end: str  # the completion's last characters
+
+
+def sampled(directory: Path) -> Iterator[Row]:
+    """The completions of an evaluation."""
+    for suite in read_results(directory)["suites"]:
+        for trajectory in TrajectoryStore(directory / suite / "trajectories").read(0):
+            yield Row(f"{directory.name}, {suite}", trajectory.text, trajectory.answer)
+
+
+def formed(folder: Path, most: int) -> Iterator[Row]:
+    """The answers of GSM8K and MATH-500, at most so many each, in every form."""
+    gsm8k = DataConfig(path=str(folder / "gsm8k"), split="test", format="gsm8k", shuffle=False)
+    math = DataConfig(path=str(folder / "math500"), split="test", format="fields", shuffle=False)
+    math = math.model_copy(update={"fields": math.fields.model_copy(update={"question": "problem"})})
+    for name, config, forms in (
+        ("GSM8K's answers", gsm8k, FORMS | NUMBERS),
+        ("MATH-500's answers", math, FORMS),
+    ):
+        answers = [question.answer for question in load_questions(config)]
+        for place in sorted(random.Random(0).sample(range(len(answers)), min(most, len(answers)))):
+            answer, other = answers[place], next(a for a in answers[place:] + answers if a != answers[place])
+            for form, text in forms.items():
+                yield Row(name, text.format(a=answer, b=other), answer, form)
+
+
+def foreign(name: str, python: str, rows: Sequence[Row]) -> dict[str, list[tuple[str | None, bool]]]:
+    """For each grader of that name: what it read in each row, and whether it calls it right.
+
+    Raises:
+        UserError: the grader is not installed there, or fails.
+    """
+    given = "".join(f"{json.dumps({'completion': row.completion, 'answer': row.answer})}\n" for row in rows)
+    command = [python, str(WORKER), name]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--{name} {python}: {' '.join(done.stderr.split()[-40:]) or done.returncode}")
+    names, *verdicts = [json.loads(line) for line in done.stdout.splitlines()]
+    return {
+        grader_name: [(row[place]["extracted"], row[place]["right"]) for row in verdicts]
+        for place, grader_name in enumerate(names)
+    }
+
+
+def reason(ours: str | None, ours_right: bool, theirs: str | None) -> str:
+    """Why two graders differ: they read different text as the answer, or judge the same text differently."""
+    if theirs is None:
+        return "they find no answer"
+    if ours is None:
+        return "we find no answer"
+    if "".join(ours.split()) == "".join(theirs.split()):
+        return "same text, we call it " + ("right" if ours_right else "wrong")
+    return "another text is read, ours is " + ("right" if ours_right else "wrong")
+
+
+def compare(rows: Sequence[Row], graders: dict[str, list[tuple[str | None, bool]]]) -> list[Disagreement]:
+    """Every disagreement."""
+    found = []
+    for place, row in enumerate(rows):
+        ours, right = stated_answer(row.completion), math_verify_correct(row.completion, row.answer) > 0
+        for name, verdicts in graders.items():
+            theirs, theirs_right = verdicts[place]
+            if right != theirs_right:
+                why = reason(ours, right, theirs)
+                end = row.completion[-160:]
+                found.append(Disagreement(name, row.set, row.form, why, row.answer, ours, right, theirs, end))
+    return found
+
+
+def markdown(rows: Sequence[Row], graders: Sequence[str], found: Sequence[Disagreement]) -> str:
+    """A table of agreement, and one of the disagreements by reason with an example each."""
+    sizes = Counter(row.set for row in rows)
+    lines = ["| completions | number | grader | agree | only we: right | only they: right |"]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: |")
+    for name, size in sizes.items():
+        for other in graders:
+            mine = [d for d in found if (d.set, d.grader) == (name, other)]
+            ours = sum(d.ours_right for d in mine)
+            cells = [name, str(size), other, f"{1 - len(mine) / size:.2%}", str(ours), str(len(mine) - ours)]
+            lines.append(f"| {' | '.join(cells)} |")
+    groups: dict[tuple[str, ...], list[Disagreement]] = defaultdict(list)
+    for disagreement in found:
+        groups[disagreement.set, disagreement.grader, disagreement.form, disagreement.reason].append(
+            disagreement
+        )
+    lines += [
+        "",
+        "| completions | grader | form | reason | number | example: reference; we read; they read |",
+    ]
+    lines.append("| --- | --- | --- | --- | ---: | --- |")
+    for key, members in groups.items():
+        first = members[0]
+        example = "; ".join(
+            f"`{text}`".replace("|", "\\|") for text in (first.answer, first.ours, first.theirs)
+        )
+        lines.append(f"| {' | '.join(key)} | {len(members)} | {' '.join(example.split())} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("evaluations", nargs="*", type=Path, metavar="EVALUATION")
+    parser.add_argument("--data", type=Path, metavar="FOLDER")
+    parser.add_argument("--most", type=int, default=100_000, help="answers of a set at most")
+    parser.add_argument("--lm-eval", metavar="PYTHON")
+    parser.add_argument("--sgl-eval", metavar="PYTHON")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    try:
+        rows = [row for directory in given.evaluations for row in sampled(directory)]
+        rows += formed(given.data, given.most) if given.data else []
+        if not rows:
+            raise UserError("nothing to score: give evaluations, or --data")
+        graders: dict[str, list[tuple[str | None, bool]]] = {}
+        for name, python in (("lm-eval", given.lm_eval), ("sgl-eval", given.sgl_eval)):
+            if python:
+                graders |= foreign(name, python, rows)
+        if not graders:
+            raise UserError("no grader to compare with: give --lm-eval or --sgl-eval")
+    except UserError as error:
+        sys.exit(f"grader_agreement.py: {error}")
+    found = compare(rows, graders)
+    print(markdown(rows, list(graders), found))
+    if given.json:
+        counts = Counter(row.set for row in rows)
+        result = {"grader": grader(), "completions": counts, "disagreements": [asdict(d) for d in found]}
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
