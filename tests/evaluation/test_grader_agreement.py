@@ -1,0 +1,90 @@
+"""tools/grader_agreement.py: what it scores, what it says of a difference, and graders that are not there."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GRADER = "stands in 1.0"
+# takes the last number, as a worker in another interpreter would say it
+WORKER = f"""
+import json, re, sys
+print(json.dumps(["{GRADER}"]))
+for line in sys.stdin:
+    row = json.loads(line)
+    numbers = re.findall(r"[0-9]+", row["completion"])
+    last = numbers[-1] if numbers else None
+    print(json.dumps([{{"extracted": last, "right": last == row["answer"]}}]))
+"""
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grader_agreement", ROOT / "tools" / "grader_agreement.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    rows = {
+        "gsm8k": [{"question": f"{a}?", "answer": f"so\n#### {a}"} for a in (18, 1250)],
+        "math500": [{"problem": "p?", "answer": answer} for answer in ("p - q", "\\frac{1}{2}")],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_answers_are_put_into_every_form(tool: ModuleType, answers: Path) -> None:
+    rows = list(tool.formed(answers, 10))
+    assert len(rows) == 2 * len(tool.FORMS | tool.NUMBERS) + 2 * len(tool.FORMS)
+    by_form = {(row.set, row.form): row.completion for row in rows if row.answer in ("18", "p - q")}
+    assert by_form["GSM8K's answers", "####"] == "The two give it.\n#### 18"
+    assert by_form["GSM8K's answers", "box, wrong"].endswith("$\\boxed{1250}$.")
+    assert by_form["MATH-500's answers", "tags"].endswith("<answer>\np - q\n</answer>")
+    assert len(list(tool.formed(answers, 1))) == len(tool.FORMS | tool.NUMBERS) + len(tool.FORMS)
+
+
+def test_disagreements_are_counted_and_shown(
+    tool: ModuleType,
+    answers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    monkeypatch.setattr(tool, "WORKER", worker)
+    out = tmp_path / "agreement.json"
+    tool.main(["--data", str(answers), "--lm-eval", sys.executable, "--json", str(out)])
+    text = capsys.readouterr().out
+    size = 2 * len(tool.FORMS | tool.NUMBERS)
+    # only we: decimals and text after; only they: one of two and denied; of both answers each
+    assert f"| GSM8K's answers | {size} | {GRADER} | {1 - 8 / size:.2%} | 4 | 4 |" in text
+    another = "another text is read, ours is right"
+    assert f"| GSM8K's answers | {GRADER} | text after | {another} | 2 | `18`; `18`; `2` |" in text
+    found = json.loads(out.read_text())
+    assert found["completions"] == {"GSM8K's answers": size, "MATH-500's answers": 2 * len(tool.FORMS)}
+    assert found["grader"]["math-verify"]
+    denied = [d for d in found["disagreements"] if d["form"] == "denied"]
+    assert [(d["ours"], d["ours_right"], d["theirs"]) for d in denied] == [
+        ("not 18", False, "18"),
+        ("not 1250", False, "1250"),
+    ]
+
+
+def test_a_grader_that_is_not_installed_and_nothing_to_do(tool: ModuleType, answers: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--sgl-eval .*No module named 'sgl_eval'"):
+        tool.main(["--data", str(answers), "--sgl-eval", sys.executable])
+    with pytest.raises(SystemExit, match="no grader to compare with"):
+        tool.main(["--data", str(answers)])
+    with pytest.raises(SystemExit, match="nothing to score"):
+        tool.main(["--lm-eval", sys.executable])
