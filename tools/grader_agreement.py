@@ -4,7 +4,7 @@
     tools/grader_agreement.py --lm-eval PYTHON --sgl-eval PYTHON --data FOLDER EVALUATION...
 
 EVALUATION is a directory that `gtpo-megatron evaluate` wrote: its completions are scored. FOLDER has gsm8k/test.jsonl and
-math500/test.jsonl: their answers are scored, each in the forms of FORMS, right and wrong. PYTHON is an interpreter of a virtual environment
+math500/test.jsonl: their answers are scored, each in several places and spellings, right and wrong. PYTHON is an interpreter of a virtual environment
 that has the grader (docs/evaluation.md says how to make them); it runs in a process of its own (tools/foreign_graders.py), which
 knows nothing of this project. Prints Markdown; --json writes counts and every disagreement.
 """
@@ -14,8 +14,8 @@ import json
 import random
 import subprocess
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,25 +28,36 @@ from gtpo_megatron.rewards.terms import math_verify_correct
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 WORKER = Path(__file__).with_name("foreign_graders.py")
-_TAGS = "<reasoning>\nThe two give it.\n</reasoning>\n<answer>\n{}\n</answer>"
-# name -> completion around an answer; {a} is the reference, {b} another problem's
-FORMS = {
-    "tags": _TAGS.format("{a}"),
-    "tags, wrong": _TAGS.format("{b}"),
-    "box": "The two give it, so we have $\\boxed{{{a}}}$.",
-    "box, wrong": "The two give it, so we have $\\boxed{{{b}}}$.",
+# where an answer stands, and how it is spelt: {a} is the reference, {b} another problem's
+PLACES = {
+    "tags": "<reasoning>\nThe two give it.\n</reasoning>\n<answer>\n{}\n</answer>",
+    "box": "The two give it, so we have $\\boxed{{{}}}$.",
+    "####": "The two give it.\n#### {}",
 }
+VALUES = {"plain": "{a}", "wrong": "{b}", "a dot": "{a}."}
 NUMBERS = {
-    "####": "The two give it.\n#### {a}",
-    "####, wrong": "The two give it.\n#### {b}",
-    "sentence": "The two give it. The answer is {a}.",
-    "money": "The two give it, so she pays ${a}.",
-    "decimals": _TAGS.format("{a}.00"),
-    "unit": _TAGS.format("{a} apples"),
-    "text after": _TAGS.format("{a}") + "\nI checked it 2 times.",
-    "one of two": _TAGS.format("{b} or {a}"),
-    "denied": _TAGS.format("not {a}"),
+    "decimals": "{a}.00",
+    "unit": "{a} apples",
+    "money": "${a}",
+    "a fraction": "{a}/1",
+    "one of two": "{b} or {a}",
+    "denied": "not {a}",
 }
+SENTENCES = {
+    "a sentence": "The two give it. The answer is {a}.",
+    "a sentence with money": "The two give it, so she pays ${a}.",
+    "tags, and text after": PLACES["tags"].format("{a}") + "\nI checked it 2 times.",
+}
+
+
+def forms(values: dict[str, str], sentences: dict[str, str]) -> dict[str, Callable[[str, str], str]]:
+    """name -> completion of (reference, another problem's answer)."""
+    made = {
+        f"{place}, {spelling}": lambda a, b, text=text, value=value: text.format(value.format(a=a, b=b))
+        for place, text in PLACES.items()
+        for spelling, value in values.items()
+    }
+    return made | {name: lambda a, b, text=text: text.format(a=a, b=b) for name, text in sentences.items()}
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,18 @@ class Disagreement:
     end: str  # the completion's last characters
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """A grader beside ours on a set. Where one finds no answer at all, there is no judgement to agree with."""
+
+    set: str
+    grader: str
+    completions: int
+    unread: int  # they find no answer
+    agreed: int  # of the others
+    disagreements: tuple[Disagreement, ...]  # of the others
+
+
 def sampled(directory: Path) -> Iterator[Row]:
     """The completions of an evaluation."""
     for suite in read_results(directory)["suites"]:
@@ -86,15 +109,13 @@ def formed(folder: Path, most: int) -> Iterator[Row]:
     gsm8k = DataConfig(path=str(folder / "gsm8k"), split="test", format="gsm8k", shuffle=False)
     math = DataConfig(path=str(folder / "math500"), split="test", format="fields", shuffle=False)
     math = math.model_copy(update={"fields": math.fields.model_copy(update={"question": "problem"})})
-    for name, config, forms in (
-        ("GSM8K's answers", gsm8k, FORMS | NUMBERS),
-        ("MATH-500's answers", math, FORMS),
-    ):
+    of_numbers, of_any = forms(VALUES | NUMBERS, SENTENCES), forms(VALUES, {})
+    for name, config, made in (("GSM8K's answers", gsm8k, of_numbers), ("MATH-500's answers", math, of_any)):
         answers = [question.answer for question in load_questions(config)]
         for place in sorted(random.Random(0).sample(range(len(answers)), min(most, len(answers)))):
             answer, other = answers[place], next(a for a in answers[place:] + answers if a != answers[place])
-            for form, text in forms.items():
-                yield Row(name, text.format(a=answer, b=other), answer, form)
+            for form, completion in made.items():
+                yield Row(name, completion(answer, other), answer, form)
 
 
 def foreign(name: str, python: str, rows: Sequence[Row]) -> dict[str, list[tuple[str | None, bool]]]:
@@ -115,47 +136,54 @@ def foreign(name: str, python: str, rows: Sequence[Row]) -> dict[str, list[tuple
     }
 
 
-def reason(ours: str | None, ours_right: bool, theirs: str | None) -> str:
+def reason(ours: str | None, ours_right: bool, theirs: str) -> str:
     """Why two graders differ: they read different text as the answer, or judge the same text differently."""
-    if theirs is None:
-        return "they find no answer"
     if ours is None:
         return "we find no answer"
     if "".join(ours.split()) == "".join(theirs.split()):
         return "same text, we call it " + ("right" if ours_right else "wrong")
-    return "another text is read, ours is " + ("right" if ours_right else "wrong")
+    return "other text, ours is " + ("right" if ours_right else "wrong")
 
 
-def compare(rows: Sequence[Row], graders: dict[str, list[tuple[str | None, bool]]]) -> list[Disagreement]:
-    """Every disagreement."""
+def compare(rows: Sequence[Row], graders: dict[str, list[tuple[str | None, bool]]]) -> list[Agreement]:
+    """Each grader beside ours, on each set."""
+    judged = [
+        (stated_answer(row.completion), math_verify_correct(row.completion, row.answer) > 0) for row in rows
+    ]
     found = []
-    for place, row in enumerate(rows):
-        ours, right = stated_answer(row.completion), math_verify_correct(row.completion, row.answer) > 0
-        for name, verdicts in graders.items():
-            theirs, theirs_right = verdicts[place]
-            if right != theirs_right:
-                why = reason(ours, right, theirs)
-                end = row.completion[-160:]
-                found.append(Disagreement(name, row.set, row.form, why, row.answer, ours, right, theirs, end))
+    for name in dict.fromkeys(row.set for row in rows):
+        for grader_name, verdicts in graders.items():
+            members = [i for i, row in enumerate(rows) if row.set == name]
+            read = [i for i in members if verdicts[i][0] is not None]
+            differing = [i for i in read if judged[i][1] != verdicts[i][1]]
+            disagreements = tuple(
+                _disagreement(grader_name, rows[i], *judged[i], verdicts[i][0]) for i in differing
+            )
+            unread, agreed = len(members) - len(read), len(read) - len(differing)
+            found.append(Agreement(name, grader_name, len(members), unread, agreed, disagreements))
     return found
 
 
-def markdown(rows: Sequence[Row], graders: Sequence[str], found: Sequence[Disagreement]) -> str:
+def _disagreement(name: str, row: Row, ours: str | None, right: bool, theirs: str) -> Disagreement:
+    why = reason(ours, right, theirs)
+    return Disagreement(name, row.set, row.form, why, row.answer, ours, right, theirs, row.completion[-160:])
+
+
+def markdown(found: Sequence[Agreement]) -> str:
     """A table of agreement, and one of the disagreements by reason with an example each."""
-    sizes = Counter(row.set for row in rows)
-    lines = ["| completions | number | grader | agree | only we: right | only they: right |"]
-    lines.append("| --- | ---: | --- | ---: | ---: | ---: |")
-    for name, size in sizes.items():
-        for other in graders:
-            mine = [d for d in found if (d.set, d.grader) == (name, other)]
-            ours = sum(d.ours_right for d in mine)
-            cells = [name, str(size), other, f"{1 - len(mine) / size:.2%}", str(ours), str(len(mine) - ours)]
-            lines.append(f"| {' | '.join(cells)} |")
+    lines = [
+        "| completions | number | grader | finds an answer in | agree | only we: right | only they: right |"
+    ]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    for one in found:
+        read = one.completions - one.unread
+        ours = sum(d.ours_right for d in one.disagreements)
+        share = f"{one.agreed / read:.2%}" if read else "-"
+        cells = [one.set, str(one.completions), one.grader, str(read), share]
+        lines.append(f"| {' | '.join([*cells, str(ours), str(len(one.disagreements) - ours)])} |")
     groups: dict[tuple[str, ...], list[Disagreement]] = defaultdict(list)
-    for disagreement in found:
-        groups[disagreement.set, disagreement.grader, disagreement.form, disagreement.reason].append(
-            disagreement
-        )
+    for d in (d for one in found for d in one.disagreements):
+        groups[d.set, d.grader, d.form, d.reason].append(d)
     lines += [
         "",
         "| completions | grader | form | reason | number | example: reference; we read; they read |",
@@ -196,10 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"grader_agreement.py: {error}")
     found = compare(rows, graders)
-    print(markdown(rows, list(graders), found))
+    print(markdown(found))
     if given.json:
-        counts = Counter(row.set for row in rows)
-        result = {"grader": grader(), "completions": counts, "disagreements": [asdict(d) for d in found]}
+        result = {"grader": grader(), "agreement": [asdict(one) for one in found]}
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -45,12 +45,14 @@ def answers(tmp_path: Path) -> Path:
 
 def test_answers_are_put_into_every_form(tool: ModuleType, answers: Path) -> None:
     rows = list(tool.formed(answers, 10))
-    assert len(rows) == 2 * len(tool.FORMS | tool.NUMBERS) + 2 * len(tool.FORMS)
+    places, spellings = len(tool.PLACES), len(tool.VALUES)
+    of_numbers = places * (spellings + len(tool.NUMBERS)) + len(tool.SENTENCES)
+    assert len(rows) == 2 * of_numbers + 2 * places * spellings
     by_form = {(row.set, row.form): row.completion for row in rows if row.answer in ("18", "p - q")}
-    assert by_form["GSM8K's answers", "####"] == "The two give it.\n#### 18"
+    assert by_form["GSM8K's answers", "####, one of two"] == "The two give it.\n#### 1250 or 18"
     assert by_form["GSM8K's answers", "box, wrong"].endswith("$\\boxed{1250}$.")
-    assert by_form["MATH-500's answers", "tags"].endswith("<answer>\np - q\n</answer>")
-    assert len(list(tool.formed(answers, 1))) == len(tool.FORMS | tool.NUMBERS) + len(tool.FORMS)
+    assert by_form["MATH-500's answers", "tags, plain"].endswith("<answer>\np - q\n</answer>")
+    assert len(list(tool.formed(answers, 1))) == of_numbers + places * spellings
 
 
 def test_disagreements_are_counted_and_shown(
@@ -66,19 +68,20 @@ def test_disagreements_are_counted_and_shown(
     out = tmp_path / "agreement.json"
     tool.main(["--data", str(answers), "--lm-eval", sys.executable, "--json", str(out)])
     text = capsys.readouterr().out
-    size = 2 * len(tool.FORMS | tool.NUMBERS)
-    # only we: decimals and text after; only they: one of two and denied; of both answers each
-    assert f"| GSM8K's answers | {size} | {GRADER} | {1 - 8 / size:.2%} | 4 | 4 |" in text
-    another = "another text is read, ours is right"
-    assert f"| GSM8K's answers | {GRADER} | text after | {another} | 2 | `18`; `18`; `2` |" in text
-    found = json.loads(out.read_text())
-    assert found["completions"] == {"GSM8K's answers": size, "MATH-500's answers": 2 * len(tool.FORMS)}
-    assert found["grader"]["math-verify"]
-    denied = [d for d in found["disagreements"] if d["form"] == "denied"]
+    other = "other text, ours is right"
+    assert f"| GSM8K's answers | {GRADER} | tags, and text after | {other} | 2 | `18`; `18`; `2` |" in text
+    numbers, math = json.loads(out.read_text())["agreement"]
+    assert (numbers["set"], math["set"]) == ("GSM8K's answers", "MATH-500's answers")
+    assert math["unread"] > 0  # p - q has no number
+    for found in (numbers, math):
+        assert found["completions"] == found["unread"] + found["agreed"] + len(found["disagreements"])
+    denied = [d for d in numbers["disagreements"] if d["form"] == "tags, denied"]
     assert [(d["ours"], d["ours_right"], d["theirs"]) for d in denied] == [
         ("not 18", False, "18"),
         ("not 1250", False, "1250"),
     ]
+    forms = {d["form"] for d in numbers["disagreements"] if d["form"].startswith("box")}
+    assert forms == {"box, decimals", "box, a fraction", "box, one of two", "box, denied"}
 
 
 def test_a_grader_that_is_not_installed_and_nothing_to_do(tool: ModuleType, answers: Path) -> None:
