@@ -6,7 +6,7 @@
 EVALUATION is a directory that `gtpo-megatron evaluate` wrote: its completions are scored. FOLDER has gsm8k/test.jsonl and
 math500/test.jsonl: their answers are scored, each in several places and spellings, right and wrong. PYTHON is an interpreter of a virtual environment
 that has the grader (docs/evaluation.md says how to make them); it runs in a process of its own (tools/foreign_graders.py), which
-knows nothing of this project. Prints Markdown; --json writes counts and every disagreement.
+knows nothing of this project. Prints Markdown; --json writes the counts.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class Agreement:
     set: str
     grader: str
     completions: int
-    unread: int  # they find no answer
+    unread: int  # the other grader finds no answer
     agreed: int  # of the others
     disagreements: tuple[Disagreement, ...]  # of the others
 
@@ -169,6 +169,14 @@ def _disagreement(name: str, row: Row, ours: str | None, right: bool, theirs: st
     return Disagreement(name, row.set, row.form, why, row.answer, ours, right, theirs, row.completion[-160:])
 
 
+def groups(one: Agreement) -> dict[tuple[str, str], list[Disagreement]]:
+    """The disagreements by form and reason."""
+    found = defaultdict(list)
+    for disagreement in one.disagreements:
+        found[disagreement.form, disagreement.reason].append(disagreement)
+    return found
+
+
 def markdown(found: Sequence[Agreement]) -> str:
     """A table of agreement, and one of the disagreements by reason with an example each."""
     lines = [
@@ -181,21 +189,27 @@ def markdown(found: Sequence[Agreement]) -> str:
         share = f"{one.agreed / read:.2%}" if read else "-"
         cells = [one.set, str(one.completions), one.grader, str(read), share]
         lines.append(f"| {' | '.join([*cells, str(ours), str(len(one.disagreements) - ours)])} |")
-    groups: dict[tuple[str, ...], list[Disagreement]] = defaultdict(list)
-    for d in (d for one in found for d in one.disagreements):
-        groups[d.set, d.grader, d.form, d.reason].append(d)
     lines += [
         "",
         "| completions | grader | form | reason | number | example: reference; we read; they read |",
     ]
     lines.append("| --- | --- | --- | --- | ---: | --- |")
-    for key, members in groups.items():
-        first = members[0]
-        example = "; ".join(
-            f"`{text}`".replace("|", "\\|") for text in (first.answer, first.ours, first.theirs)
-        )
-        lines.append(f"| {' | '.join(key)} | {len(members)} | {' '.join(example.split())} |")
+    for one in found:
+        for key, members in groups(one).items():
+            first = members[0]
+            texts = (first.answer, first.ours, first.theirs)
+            example = " ".join("; ".join(f"`{text}`" for text in texts).replace("|", "\\|").split())
+            lines.append(f"| {one.set} | {one.grader} | {' | '.join(key)} | {len(members)} | {example} |")
     return "\n".join(lines)
+
+
+def as_dict(one: Agreement) -> dict[str, object]:
+    """JSON-able: the counts, and the number of disagreements by form and reason with the first of each."""
+    disagreements = [
+        {"form": form, "reason": why, "number": len(members), "first": asdict(members[0])}
+        for (form, why), members in groups(one).items()
+    ]
+    return asdict(one) | {"disagreements": disagreements}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -226,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = compare(rows, graders)
     print(markdown(found))
     if given.json:
-        result = {"grader": grader(), "agreement": [asdict(one) for one in found]}
+        result = {"grader": grader(), "agreement": [as_dict(one) for one in found]}
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
