@@ -16,6 +16,7 @@ from tests.te import jobs
         (False, {"dtype": "fp32"}),
         (False, {"dtype": "bf16", "fp8": "hybrid"}),
         (True, {"dtype": "bf16", "fp8": {"format": "e4m3", "recipe": "blockwise"}}),
+        (False, {"dtype": "bf16", "fp8": {"format": "hybrid", "recipe": "delayed"}}),
     ],
 )
 def test_resume_is_exact(
