@@ -63,3 +63,12 @@ def train(config: RunConfig, count: int) -> tuple[list[tuple[float, ...]], str, 
     adam = type(_adams(optimizer)[0])
     done = training.steps(config, policy, optimizer, [0] * count)  # one batch, so that the loss falls
     return done, f"{adam.__module__}.{adam.__name__}", training.weights(policy)
+
+
+def loaded_scales(config: RunConfig) -> dict[str, np.ndarray]:
+    """What delayed scaling knows on this rank after the newest checkpoint was loaded, before any pass."""
+    from gtpo_megatron.policy.checkpoint.scales import scaling_state
+
+    policy, _, checkpointer = training.start(config)
+    assert checkpointer.load_latest() is not None
+    return {name: value.numpy() for name, value in scaling_state(policy).items()}
