@@ -9,6 +9,9 @@ TRL's GRPO trainer does with them, `selective_log_softmax` and `entropy_from_log
 not needed by anything else: pip install --no-deps trl==0.24.0). The fused losses of liger-kernel and
 cut-cross-entropy are Triton kernels without a CPU path, and give no entropy: they are not measured.
 
+Two ways of each: `time`, the weight's gradient is new, and `time_added`, it is added to one that is there, as in every
+micro-batch of training (ours adds each tile to it, `main_grad`; a peer makes its own and autograd adds it).
+
 Ours and a peer take turns (A B A B ...) in one process, and the median of the ratios of successive turns is reported,
 of the wall clock and of processor time, which other work on the machine disturbs less.
 Peak memory comes from a process per method: growth of the resident size over the inputs, less the two gradients, which
@@ -25,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +64,12 @@ GPU_CASE = Case(8192, 4096, 151_936, 10)
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     result = token_statistics(hidden, weight, targets, vocab_size=len(weight))
+    return result.logprobs, result.entropy
+
+
+def ours_added(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight's gradient goes into the one that is there."""
+    result = token_statistics(hidden, weight, targets, vocab_size=len(weight), main_grad=weight.grad)
     return result.logprobs, result.entropy
 
 
@@ -113,9 +123,11 @@ class Turn:
         return self.forward + self.backward
 
 
-def turn(method: Method, inputs: tuple[Tensor, Tensor, Tensor]) -> Turn:
-    """One forward and one backward."""
-    inputs[0].grad = inputs[1].grad = None
+def turn(method: Method, inputs: tuple[Tensor, Tensor, Tensor], *, added: bool = False) -> Turn:
+    """One forward and one backward; the weight's gradient is added to what it has, or new."""
+    inputs[0].grad = None
+    if not added:
+        inputs[1].grad = None
     processor = time.process_time()
     start = time.perf_counter()
     logprobs, _ = method(*inputs)
@@ -124,17 +136,20 @@ def turn(method: Method, inputs: tuple[Tensor, Tensor, Tensor]) -> Turn:
     return Turn(middle - start, time.perf_counter() - middle, time.process_time() - processor)
 
 
-def compare(case: Case, peer: str) -> dict[str, float]:
+def compare(case: Case, peer: str, *, added: bool = False) -> dict[str, float]:
     """Ours and the peer by turns, in this process. The first turn of each only warms up and is compared."""
     inputs = make(case)
+    if added:
+        inputs[1].grad = torch.zeros_like(inputs[1])
+    methods = (ours_added if added else ours, METHODS[peer])
     checks = []
-    for method in (ours, METHODS[peer]):
-        turn(method, inputs)
+    for method in methods:
+        turn(method, inputs, added=added)
         checks.append((*(value.detach() for value in method(*inputs)), inputs[0].grad))
     for value, expected in zip(*checks, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     del checks
-    turns = [(turn(ours, inputs), turn(METHODS[peer], inputs)) for _ in range(case.repeats)]
+    turns = [tuple(turn(method, inputs, added=added) for method in methods) for _ in range(case.repeats)]
     return {
         "ratio": round(statistics.median(a.both / b.both for a, b in turns), 3),
         "processor_ratio": round(statistics.median(a.processor / b.processor for a, b in turns), 3),
@@ -162,7 +177,7 @@ def _peak_resident() -> int:
 
 
 def in_fresh_process(job: str, case: Case, name: str) -> dict[str, float]:
-    """`compare` or `extra_memory` elsewhere."""
+    """One of `main`'s jobs elsewhere."""
     command = [sys.executable, __file__, "--job", json.dumps([job, asdict(case), name])]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -174,13 +189,15 @@ def run_cpu(cases: list[Case]) -> dict[str, object]:
     for case in cases:
         memory = {name: in_fresh_process("memory", case, name)["extra_mib"] for name in ("ours", *peers)}
         times = {peer: in_fresh_process("compare", case, peer) for peer in peers}
-        rows.append(asdict(case) | {"extra_mib": memory, "time": times})
+        added = {"whole": in_fresh_process("compare_added", case, "whole")}
+        rows.append(asdict(case) | {"extra_mib": memory, "time": times, "time_added": added})
         print(
             f"{case.tokens:5} tokens x {case.vocabulary:6} vocabulary, hidden {case.hidden:4}: {memory['ours']:7.0f} MiB extra;",
             "; ".join(
                 f"time {times[peer]['ratio']:.2f} of {peer}'s (processor {times[peer]['processor_ratio']:.2f}), memory 1/{memory[peer] / max(memory['ours'], 1):.0f}"
                 for peer in peers
             ),
+            f"; added to a gradient: time {added['whole']['ratio']:.2f} of whole's",
             flush=True,
         )
     if "trl" not in peers:
@@ -323,7 +340,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.job:
         job, case, name = json.loads(arguments.job)
-        function = {"compare": compare, "memory": extra_memory}[job]
+        jobs = {"compare": compare, "compare_added": partial(compare, added=True), "memory": extra_memory}
+        function = jobs[job]
         print(json.dumps(function(Case(**case), name)))
         return
     repeats = {"repeats": arguments.repeats} if arguments.repeats else {}

@@ -28,6 +28,7 @@ class Machine:
     local_ranks: int = 1  # of the trainer here
     cuda_version: tuple[int, int] | None = None  # that torch is built for; None: unknown or no CUDA
     engine_fault: str | None = None  # see `transformer_engine_fault`
+    flash_attention: bool = True  # installed; taken to be there where nobody has looked
 
 
 def this_machine() -> Machine:
@@ -47,6 +48,7 @@ def this_machine() -> Machine:
         ranks,
         (int(major), int(minor)),
         fault,
+        importlib.util.find_spec("flash_attn") is not None,
     )
 
 

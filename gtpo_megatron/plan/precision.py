@@ -7,6 +7,10 @@ from gtpo_megatron.machine.probe import FP8_NEEDS, Machine
 from gtpo_megatron.plan.layout import HFShape, expert_tensor_size
 
 FP8_MULTIPLE = 16  # of both sizes of every matrix: cuBLAS wants leading dimensions of 16 bytes
+# From so many sequences x heads x longest^2 on, Transformer Engine 2.20 takes no deterministic attention of cuDNN for packed
+# rows on Hopper: its backward would ask for 128 bytes for each. What is left without flash-attn holds all scores.
+ATTENTION_SCORES = 2**30
+HOPPER = (9, 0)
 
 
 def fp8_settings_problems(config: RunConfig) -> Iterator[str]:
@@ -41,9 +45,35 @@ def precision_problems(config: RunConfig, shape: HFShape, machine: Machine) -> I
             yield f"{key}: {value} needs Transformer Engine, which is not installed here (see gtpo-megatron doctor)"
         if machine.cuda_capability is None:
             yield f"{key}: {value} needs a CUDA GPU; there is none here"
+    yield from _attention_problems(config, shape, machine)
     if fp8.enabled:
         yield from _machine_problems(fp8, machine)
         yield from _shape_problems(fp8, config.parallel, shape)
+
+
+def _attention_problems(config: RunConfig, shape: HFShape, machine: Machine) -> Iterator[str]:
+    """Transformer Engine's attention of last resort: its memory grows with the square of the longest sequence."""
+    if machine.cuda_capability is None or not machine.transformer_engine or config.model.layers == "local":
+        return
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    sequences = max(config.training.micro_batch_tokens // longest, 1)
+    heads = shape.heads // config.parallel.tensor
+    scores = sequences * heads * longest**2
+    if config.model.dtype == "fp32":
+        reason = "model.dtype: fp32 leaves Transformer Engine only"
+        advice = "take model.dtype: bf16 or model.layers: local"
+    elif config.training.deterministic and machine.cuda_capability == HOPPER and not machine.flash_attention:
+        reason = (
+            "training.deterministic: true without flash-attn leaves Transformer Engine, at these lengths,"
+        )
+        advice = "install flash-attn (requirements/cluster.txt), or set training.deterministic: false"
+    else:
+        return
+    if scores >= ATTENTION_SCORES:
+        yield (
+            f"{reason} an attention that holds all scores: {sequences} sequences x {heads} heads x {longest} tokens "
+            f"squared, {scores * 4 / 2**30:.0f} GiB in float32 for each layer; {advice}"
+        )
 
 
 def _delayed_problems(config: RunConfig) -> Iterator[str]:

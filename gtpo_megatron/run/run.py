@@ -269,7 +269,7 @@ class Run:
         budget = config.training.micro_batch_tokens
         trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
-        bound = bound or default_bound(config.model.dtype, config.model.fp8.enabled)
+        bound = bound or default_bound(config.model.dtype, config.model.fp8)
 
         def compare() -> dict[str, float]:
             if self.engine is None:

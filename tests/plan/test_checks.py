@@ -327,11 +327,62 @@ def test_servers_started_here_take_gpus_that_no_rank_has(
     assert not list(server_problems(build(rollout={"engine": "sglang", "sglang": sglang}), CPU))
 
 
-def test_fp8_wants_multiples_of_16(build: Callable[..., RunConfig]) -> None:
-    shape = HFShape("LlamaForCausalLM", 2, 64, 4, 2, 16, 136, 320, 256, tied=False)
+@pytest.mark.parametrize(
+    ("model", "deterministic", "flash_attention", "tokens", "expected"),
+    [
+        # a row of 16,384 tokens holds one sequence of 4 heads
+        ({"dtype": "bf16"}, True, False, 16_384, "training.deterministic: true without flash-attn"),
+        ({"dtype": "bf16"}, True, False, 16_383, None),
+        ({"dtype": "bf16"}, True, True, 16_384, None),
+        ({"dtype": "bf16"}, False, False, 16_384, None),
+        ({"dtype": "bf16", "layers": "local"}, True, False, 16_384, None),
+        (
+            {"dtype": "fp32"},
+            False,
+            True,
+            16_384,
+            "model.dtype: fp32 leaves Transformer Engine only an attention",
+        ),
+        ({"dtype": "fp32", "layers": "local"}, False, True, 16_384, None),
+    ],
+)
+def test_no_row_is_left_to_an_attention_of_quadratic_memory(
+    build: Callable[..., RunConfig],
+    model: dict[str, str],
+    deterministic: bool,
+    flash_attention: bool,
+    tokens: int,
+    expected: str | None,
+) -> None:
+    shape = HFShape("LlamaForCausalLM", 2, 64, 4, 2, 16, 128, 320, 32_768, tied=False)
+    config = build(
+        model=model,
+        data={"max_prompt_tokens": 384},
+        rollout={"max_new_tokens": tokens - 384},
+        training={"deterministic": deterministic, "micro_batch_tokens": 20_000},
+    )
+    machine = Machine((9, 0), transformer_engine=True, flash_attention=flash_attention)
+    found = list(precision_problems(config, shape, machine))
+    assert [text.startswith(expected or "") for text in found] == ([True] if expected else [])
+    if expected:
+        assert "1 sequences x 4 heads x 16384 tokens squared, 4 GiB" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "head", "ffn", "expected"),
+    [
+        (64, 16, 136, "MLP width per rank is 136"),
+        (72, 16, 128, "hidden size is 72"),
+        (64, 18, 128, "attention width per rank is 72"),
+    ],
+)
+def test_fp8_wants_multiples_of_16(
+    build: Callable[..., RunConfig], hidden: int, head: int, ffn: int, expected: str
+) -> None:
+    shape = HFShape("LlamaForCausalLM", 2, hidden, 4, 2, head, ffn, 320, 256, tied=False)
     config = build(model={"fp8": "hybrid", "dtype": "bf16"})
     assert list(precision_problems(config, shape, HOPPER)) == [
-        "model.fp8.format: hybrid needs matrix sizes that are multiples of 16; MLP width per rank is 136"
+        f"model.fp8.format: hybrid needs matrix sizes that are multiples of 16; {expected}"
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gtpo_megatron.policy.head import TokenStatistics, tiles, token_statistics
+from gtpo_megatron.policy.head import TokenStatistics, function, tiles, token_statistics
 
 ROWS, WIDTH, VOCABULARY, PADDED = 37, 16, 101, 128
 
@@ -202,6 +202,38 @@ def test_second_backward_computes_kept_logits_again() -> None:
     second = torch.autograd.grad(statistics.logprobs.sum(), (hidden, weight))
     for once, again in zip(first, second, strict=True):
         torch.testing.assert_close(once, again)
+
+
+@pytest.mark.parametrize(
+    ("rows", "again"),
+    [
+        (WIDTH - 1, 0),  # logits take no more than the gradient: the backward multiplies none again
+        (2 * WIDTH, 4),  # two of six tiles find room
+    ],
+)
+def test_logits_wait_in_the_memory_of_the_weights_gradient(
+    rows: int, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiles.WORKSPACE_BYTES, "cpu", 0)
+    products: list[tuple[int, ...]] = []
+
+    def multiply(left: Tensor, right: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
+        products.append(tuple(out.shape))
+        tiles.multiply(left, right, out, scale=scale)
+
+    monkeypatch.setattr(function, "multiply", multiply)
+    hidden, weight, targets = make(rows=rows)
+    statistics = token_statistics(
+        hidden, weight, targets, vocab_size=VOCABULARY, token_tile=rows, vocab_tile=17
+    )
+    shapes = [(rows, min(17, VOCABULARY - start)) for start in range(0, VOCABULARY, 17)]
+    assert products == shapes
+    products.clear()
+    found = gradients(statistics, hidden, weight)
+    assert sum(shape[0] == rows for shape in products) == again
+    expected = gradients(materialised(hidden, weight, targets, VOCABULARY), hidden, weight)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -121,6 +121,31 @@ def contiguous_scatter(patch: Patch) -> bool:
     return not all(part.is_contiguous() for part in sent)
 
 
+def shared_embeddings(patch: Patch) -> bool:
+    """The last of two stages of two chunks each: embeddings go to the output layer of its last chunk."""
+    first, last = nn.Module(), nn.Module()
+    last.output_layer = nn.Linear(2, 3, bias=False)
+    for chunk in (first, last):
+        chunk.config = SimpleNamespace(pipeline_model_parallel_size=2)
+    for name, value in {"is_pp_first_stage": False, "is_pp_last_stage": True, "_get_pp_group": None}.items():
+        patch.setattr(bridge.model_bridge, name, lambda *_, value=value: value, raising=False)
+    patch.setattr(bridge.model_bridge, "_get_embedding_group", lambda *_: "embeddings", raising=False)
+    patch.setattr(bridge.parallel_state, "is_pipeline_first_stage", lambda *_, **__: False)
+    patch.setattr(bridge.parallel_state, "is_pipeline_last_stage", lambda *_, **__: True)
+    patch.setattr(bridge.parallel_state, "get_embedding_group", lambda *_, **__: "embeddings")
+    patch.setattr(torch.distributed, "get_process_group_ranks", lambda _: [0, 1])
+    patch.setattr(torch.distributed, "get_rank", lambda: 1)
+    patch.setattr(torch.distributed, "broadcast", lambda tensor, **_: tensor.fill_(7))
+    own = SimpleNamespace(_share_embeddings_and_output_weights=lambda *_: True)
+    bridge.model_bridge.MegatronModelBridge._broadcast_shared_embeddings(own, [first, last])
+    assert last.output_layer.weight.eq(7).all()
+    try:
+        bridge.UPSTREAM["shared-embeddings"](own, [first, last])
+    except AssertionError as error:
+        return "Output layer not found" in str(error)
+    return False
+
+
 def vocabulary_padding(patch: Patch) -> bool:
     embedding = nn.Module()
     embedding.word_embeddings = nn.Embedding(3, 4)  # a rank's half of 5 tokens and one of padding
@@ -220,6 +245,7 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         contiguous_scatter,
         expert_gather,
         expert_names,
+        shared_embeddings,
         vocabulary_padding,
         peft_stand_ins,
         peft_recompute,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gtpo_megatron.policy.head.tiles import TilePlan, plan_tiles, spans
+from gtpo_megatron.policy.head.tiles import TilePlan, plan_tiles, spans, waiting_places
 
 MIB = 2**20
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -58,3 +58,49 @@ def test_spans_cover_the_length_without_overlap() -> None:
     assert list(spans(10, 4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
     assert list(spans(8, 4)) == [slice(0, 4), slice(4, 8)]
     assert list(spans(0, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "token_tile", "vocab_tile", "width", "waiting"),
+    [
+        (4, 4, 5, 4, 4),  # as many tokens as numbers in a row of the gradient: all of 4 tiles fit
+        (4, 4, 5, 9, 4),
+        (
+            8,
+            4,
+            5,
+            8,
+            7,
+        ),  # of the last columns, what their first tile's product would overwrite finds no place
+        (8, 8, 5, 6, 3),  # 120 numbers for 4 tiles of 40, one of which is under the writer's feet at a time
+        (8, 2, 5, 1, 2),
+        (80, 80, 5, 1, 0),
+    ],
+)
+def test_waiting_tiles_are_read_before_the_gradient_is_written_over_them(
+    rows: int, token_tile: int, vocab_tile: int, width: int, waiting: int
+) -> None:
+    columns = 20
+    plan = TilePlan(token_tile, vocab_tile, 0)
+    places = waiting_places(plan, rows, columns, columns * width)
+    assert len(places) == waiting
+    memory: list[object] = [None] * (columns * width)
+
+    def memory_of(tile: tuple[int, int]) -> slice:
+        return slice(places[tile], places[tile] + token_tile * vocab_tile)
+
+    for tile in places:
+        assert set(memory[memory_of(tile)]) == {None}
+        memory[memory_of(tile)] = [tile] * (token_tile * vocab_tile)
+    for block in spans(columns, vocab_tile):
+        for row in spans(rows, token_tile):
+            tile = row.start, block.start
+            if tile in places:
+                assert set(memory[memory_of(tile)]) == {tile}
+            written = slice(block.start * width, block.stop * width)
+            memory[written] = ["gradient"] * (vocab_tile * width)
+
+
+def test_rows_of_half_a_number_are_counted_up() -> None:
+    """A bfloat16 gradient of width 3 holds 7 float32 numbers in 5 rows: after 3 of them, its first 5 are touched."""
+    assert waiting_places(TilePlan(1, 3, 0), 2, 5, 7) == {(0, 3): 5, (0, 0): 2}

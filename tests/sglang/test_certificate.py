@@ -1,12 +1,18 @@
 """The mismatch certificate, its figures and its bound."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
+from gtpo_megatron.config import Fp8Config
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.audit.certificate import certify, default_bound, mismatch
 from tests.sglang.conftest import MakeEngine, Servers, logprobs_of, perturb, weights_of
+
+NO_FP8 = Fp8Config()
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "fp8-emulated.md"
 
 
 def test_figures_of_a_known_difference() -> None:
@@ -21,9 +27,17 @@ def test_figures_of_a_known_difference() -> None:
     assert found.metrics()["mismatch/mean_abs"] == found.mean_abs
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
+def test_an_fp8_recipe_is_allowed_about_twice_the_gap_that_was_measured(recipe: str) -> None:
+    (row,) = (line for line in MEASURED.read_text("utf-8").splitlines() if f"`fp8-{recipe}`" in line)
+    gap = float(row.split("|")[2])
+    assert 1.7 * gap < default_bound("bf16", Fp8Config(format="hybrid", recipe=recipe)) < 2.3 * gap
+
+
 def test_the_bound_and_what_is_not_a_number() -> None:
     trainer = [np.zeros(3, np.float32)]
-    assert default_bound("fp32", False) < default_bound("bf16", False) < default_bound("bf16", True)
+    exact, rounded = (default_bound(dtype, NO_FP8) for dtype in ("fp32", "bf16"))
+    assert exact < rounded < default_bound("bf16", Fp8Config(format="hybrid"))
     assert certify({"u": [np.full(3, 0.01, np.float32)]}, trainer, 0.02)["u"].tokens == 3
     with pytest.raises(UserError, match=r"max_logprob_gap(.|\n)*http://b: mean \|difference\| 0.03"):
         certify({"http://a": trainer, "http://b": [np.full(3, 0.03, np.float32)]}, trainer, 0.02)
@@ -46,8 +60,8 @@ def test_servers_and_trainer_agree_until_the_trainer_moves_on(
 
     scores = engine.score(sequences)
     assert list(scores) == servers.urls
-    found = certify(scores, trainer(), default_bound("fp32", False))
+    found = certify(scores, trainer(), default_bound("fp32", NO_FP8))
     assert all(m.tokens == 54 for m in found.values())
     perturb(model, 1)
     with pytest.raises(UserError, match="disagree on logprobs"):
-        certify(engine.score(sequences), trainer(), default_bound("fp32", False))
+        certify(engine.score(sequences), trainer(), default_bound("fp32", NO_FP8))

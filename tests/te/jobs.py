@@ -1,5 +1,6 @@
 """What one rank does in the tests of Transformer Engine's layers."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,28 @@ def run_config(
     return training.run_config(directory, checkpoint, model=model, **defaults | sections)
 
 
-def logprobs(config: RunConfig) -> tuple[list[str], list[np.ndarray], dict[str, np.ndarray]]:
-    """Transformer Engine's layers in the policy, the logprobs of a batch, and the exported weights."""
+def each(job: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What `job` returns for each case's arguments, one after the other on the same ranks."""
+    from megatron.core import parallel_state
+
+    found = []
+    for arguments in cases:
+        found.append(job(*arguments))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def logprobs(config: RunConfig) -> tuple[set[str], list[np.ndarray], dict[str, np.ndarray]]:
+    """Kinds of modules in the policy, the logprobs of a batch, and the exported weights."""
     from gtpo_megatron.policy.step import token_logprobs
 
     policy, _, _ = training.start(config)
-    names = sorted({type(module).__name__ for module in policy.chunks[0].modules()} & set(LAYERS))
+    kinds = {type(module).__name__ for chunk in policy.chunks for module in chunk.modules()}
     batch = training.batch(0)
     found = token_logprobs(
         policy, batch, config.parallel, config.training.micro_batch_tokens, temperature=1.0
     )
-    return names, found, training.weights(policy)
+    return kinds, found, training.weights(policy)
 
 
 def export(config: RunConfig) -> tuple[set[str], dict[str, np.ndarray]]:
@@ -51,3 +63,12 @@ def train(config: RunConfig, count: int) -> tuple[list[tuple[float, ...]], str, 
     adam = type(_adams(optimizer)[0])
     done = training.steps(config, policy, optimizer, [0] * count)  # one batch, so that the loss falls
     return done, f"{adam.__module__}.{adam.__name__}", training.weights(policy)
+
+
+def loaded_scales(config: RunConfig) -> dict[str, np.ndarray]:
+    """What delayed scaling knows on this rank after the newest checkpoint was loaded, before any pass."""
+    from gtpo_megatron.policy.checkpoint.scales import scaling_state
+
+    policy, _, checkpointer = training.start(config)
+    assert checkpointer.load_latest() is not None
+    return {name: value.numpy() for name, value in scaling_state(policy).items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.te import formats, kernels
+from tests.te import experts, formats, kernels
 
 PACKAGES = Path(__file__).resolve().parents[2] / ".build" / "te"
 
@@ -82,6 +82,7 @@ def install() -> None:
     sys.modules["transformer_engine"] = package
     importlib.import_module("transformer_engine.common").load_framework_extension = lambda framework: None
     spec.loader.exec_module(package)
+    experts.install(importlib.import_module("transformer_engine.pytorch.permutation"))
     seen = _Torch("torch")
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.") and getattr(module, "torch", None) is torch:
@@ -110,7 +111,7 @@ def _extension() -> types.ModuleType:
     extension.get_fused_attn_backend = lambda *a, **k: (backends.NVTE_No_Backend, "stand-in")
     extension.get_cudnn_version = lambda: 92400
     extension.get_cublasLt_version = lambda: 130100
-    for module in (formats, kernels):
+    for module in (formats, kernels, experts):
         for name in module.__all__:
             setattr(extension, name, getattr(module, name))
     for name in NAMED_AT_IMPORT:

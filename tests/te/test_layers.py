@@ -1,5 +1,6 @@
 """Policies of Transformer Engine's layers, over stand-ins for its kernels: weights, logprobs, layouts, Adam."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gtpo_megatron.config import AlgorithmConfig, GateConfig, ParallelConfig, TrainingConfig
-from gtpo_megatron.plan.layout import smallest_world
 from tests.parallel.layout_job import run_layout
 from tests.policy import training
 from tests.te import jobs
+from tests.tiny_models import FAMILIES
+
+TP = {"tensor": 2, "sequence": True}
+PP = {"pipeline": 2}
+VPP = {"pipeline": 2, "virtual_pipeline": 2}
+EP = {"expert": 2}
+LAYERS = 4  # two stages of two chunks
+EXPERTS = {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
+GTPO = AlgorithmConfig(gate=GateConfig(mode="off"))
+TRAINING = TrainingConfig(steps=1, micro_batch_tokens=96)
 
 
-def world_of(parallel: dict[str, Any]) -> int:
-    """The fewest ranks of a layout."""
-    return smallest_world(ParallelConfig(**parallel))
-
-
+@cache
 def by_transformers(path: Path) -> list[np.ndarray]:
     """Logprobs of the batch in fp32."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -33,35 +39,49 @@ def by_transformers(path: Path) -> list[np.ndarray]:
     return found
 
 
-def assert_those_of(path: Path, weights: dict[str, np.ndarray]) -> None:
+def assert_those_of(path: Path, weights: dict[str, np.ndarray], case: str) -> None:
     """Every tensor of the checkpoint, and no other, bit for bit."""
     stored = load_file(path / "model.safetensors")
-    assert weights.keys() == stored.keys()
+    assert weights.keys() == stored.keys(), case
     for name, tensor in stored.items():
-        np.testing.assert_array_equal(weights[name], tensor.numpy(), err_msg=name)
+        np.testing.assert_array_equal(weights[name], tensor.numpy(), err_msg=f"{case} {name}")
 
 
-@pytest.mark.parametrize(
-    ("family", "parallel"),
-    [
-        ("llama", {}),
-        ("llama3", {}),
-        ("qwen2", {}),
-        ("qwen2", {"tensor": 2, "sequence": True}),
-        ("qwen2_tied", {"pipeline": 2}),
-        ("qwen3", {}),
+# by world: every family alone, sharded, and in two stages of two chunks; every other axis with some
+LAYOUTS: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    1: [(family, {}) for family in FAMILIES],
+    2: [
+        *((family, layout) for family in FAMILIES for layout in (TP, VPP)),
+        ("qwen2_tied", PP),
+        ("qwen3_moe", EP),
     ],
-)
+    4: [
+        ("llama3", TP | PP),
+        ("qwen2_tied", TP | PP),
+        ("qwen3", TP | VPP),
+        ("qwen3_moe", EP | TP),
+        ("qwen3_moe", EP | PP),
+    ],
+}
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
 def test_weights_are_exact_and_logprobs_those_of_transformers(
-    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, parallel: dict[str, Any]
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, world: int
 ) -> None:
-    path = te_checkpoint(family)
-    config = jobs.run_config(tmp_path, path, parallel=parallel)
-    layers, found, exported = te_ranks.run(world_of(parallel), jobs.logprobs, config)[0]
-    assert layers == sorted(jobs.LAYERS)
-    assert_those_of(path, exported)
-    expected = by_transformers(path)
-    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-5, rtol=0)
+    cases = [
+        (jobs.run_config(tmp_path, te_checkpoint(family, LAYERS), parallel=parallel),)
+        for family, parallel in LAYOUTS[world]
+    ]
+    results = te_ranks.run(world, jobs.each, jobs.logprobs, cases)[0]
+    for (family, parallel), (kinds, found, exported) in zip(LAYOUTS[world], results, strict=True):
+        path = te_checkpoint(family, LAYERS)
+        case = f"{family} {parallel}"
+        assert {*jobs.LAYERS, *(EXPERTS if family == "qwen3_moe" else ())} <= kinds, case
+        assert_those_of(path, exported, case)
+        np.testing.assert_allclose(
+            np.concatenate(found), np.concatenate(by_transformers(path)), atol=1e-5, rtol=0, err_msg=case
+        )
 
 
 def test_four_steps_of_its_adam_are_torchs(
@@ -80,61 +100,53 @@ def test_four_steps_of_its_adam_are_torchs(
         assert moved < 1e-4 * np.linalg.norm(weight), name
 
 
-@pytest.mark.parametrize(
-    ("family", "layers", "parallel"),
-    [
-        ("qwen2", 4, {"pipeline": 2, "virtual_pipeline": 2}),
-        ("qwen3", 2, {"context": 2, "tensor": 2, "sequence": True}),
-        ("qwen2_tied", 2, {"tensor": 2, "pipeline": 2}),
-        ("qwen3_moe", 2, {}),
-        ("qwen3_moe", 2, {"expert": 2}),
-        ("qwen3_moe", 2, {"expert": 2, "tensor": 2, "sequence": True}),
-        ("qwen3_moe", 2, {"expert": 2, "pipeline": 2}),
+def test_weights_come_out_of_context_ranks_as_they_went_in(
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path
+) -> None:
+    """Attention over context ranks has no stand-in, so there is no forward pass."""
+    path = te_checkpoint("qwen3", LAYERS)
+    config = jobs.run_config(tmp_path, path, parallel={"context": 2} | TP)
+    kinds, weights = te_ranks.run(4, jobs.export, config)[0]
+    assert kinds >= {*jobs.LAYERS}
+    assert_those_of(path, weights, "context")
+
+
+# by world: (family, layout, whether the optimizer is distributed)
+TRAINED: dict[int, list[tuple[str, dict[str, Any], bool]]] = {
+    2: [
+        ("qwen3", TP, False),
+        ("qwen3", PP, False),
+        ("qwen3", VPP, False),
+        ("qwen3", {}, True),
+        ("qwen3_moe", EP, False),
     ],
-)
-def test_weights_come_out_as_they_went_in(
-    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, layers: int, parallel: dict[str, Any]
-) -> None:
-    """Layouts whose forward pass has no stand-in: attention over context ranks, and the permutation of experts."""
-    path = te_checkpoint(family, layers)
-    config = jobs.run_config(tmp_path, path, parallel=parallel)
-    kinds, weights = te_ranks.run(world_of(parallel), jobs.export, config)[0]
-    experts = {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
-    assert {*jobs.LAYERS[:1], *(experts if family == "qwen3_moe" else ())} <= kinds
-    assert_those_of(path, weights)
+    4: [("qwen3", TP | PP, True), ("qwen3_moe", EP | PP, False)],
+}
 
 
-@pytest.mark.parametrize(
-    ("parallel", "distributed"),
-    [({"tensor": 2, "sequence": True}, False), ({"pipeline": 2}, False), ({}, True)],
-    ids=["tp2-sp", "pp2", "dp2-distributed-optimizer"],
-)
-def test_two_ranks_train_as_one(
-    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, parallel: dict[str, Any], distributed: bool
-) -> None:
+@pytest.mark.parametrize("world", TRAINED)
+def test_a_layout_trains_as_one_process(te_ranks: Any, te_checkpoint: Any, world: int) -> None:
     """Loss, gradients and updated weights of a step of GTPO."""
-    path, training = te_checkpoint("qwen3"), TrainingConfig(steps=1, micro_batch_tokens=96)
-    algorithm = AlgorithmConfig(gate=GateConfig(mode="off"))
-    one, two = (
-        te_ranks.run(
-            size,
-            run_layout,
-            path,
-            ParallelConfig(**layout),
-            training,
-            algorithm,
-            sharded,
-            False,
-            "transformer_engine",
-        )[0]
-        for size, layout, sharded in ((1, {}, False), (2, parallel, distributed))
-    )
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+    def arguments(family: str, parallel: dict[str, Any], distributed: bool) -> tuple[Any, ...]:
+        path, layout = te_checkpoint(family, LAYERS), ParallelConfig(**parallel)
+        return path, layout, TRAINING, GTPO, distributed, False, "transformer_engine"
+
+    families = sorted({family for family, *_ in TRAINED[world]})
+    alone = [arguments(family, {}, False) for family in families]
+    expected = dict(zip(families, te_ranks.run(1, jobs.each, run_layout, alone)[0], strict=True))
+    cases = [arguments(*case) for case in TRAINED[world]]
+    results = te_ranks.run(world, jobs.each, run_layout, cases)[0]
+    for case, found in zip(TRAINED[world], results, strict=True):
+        assert_same_step(found, expected[case[0]], str(case))
+
+
+def assert_same_step(found: dict[str, Any], expected: dict[str, Any], case: str) -> None:
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), case
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), case
     for kind in ("gradients", "weights"):
-        found, expected = two[kind], one[kind]
-        if found is None:  # a distributed optimizer leaves no rank a whole gradient
+        if found[kind] is None:  # a distributed optimizer leaves no rank a whole gradient
             continue
-        scale = np.linalg.norm([np.linalg.norm(value) for value in expected.values()])
-        for name, value in expected.items():
-            assert np.linalg.norm(found[name] - value) < 1e-5 * scale, f"{kind} {name}"
+        scale = np.linalg.norm([np.linalg.norm(value) for value in expected[kind].values()])
+        for name, value in expected[kind].items():
+            assert np.linalg.norm(found[kind][name] - value) < 1e-5 * scale, f"{case} {kind} {name}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.policy.test_checkpoint import load_and_go_on, save_and_go_on
 from tests.te import jobs
@@ -16,6 +17,7 @@ from tests.te import jobs
         (False, {"dtype": "fp32"}),
         (False, {"dtype": "bf16", "fp8": "hybrid"}),
         (True, {"dtype": "bf16", "fp8": {"format": "e4m3", "recipe": "blockwise"}}),
+        (False, {"dtype": "bf16", "fp8": {"format": "hybrid", "recipe": "delayed"}}),
     ],
 )
 def test_resume_is_exact(
@@ -29,3 +31,22 @@ def test_resume_is_exact(
     assert resumed == metrics
     for name, weight in weights.items():
         np.testing.assert_array_equal(resumed_weights[name], weight, err_msg=name)
+
+
+def test_scales_are_read_in_another_layout(te_ranks: Any, te_checkpoint: Any, tmp_path: Path) -> None:
+    """Saved by one process, read by two stages: each takes those of its layers."""
+    model = {"dtype": "bf16", "fp8": {"format": "hybrid", "recipe": "delayed"}}
+    alone, staged = (
+        jobs.run_config(tmp_path, te_checkpoint("llama"), model=model, parallel=parallel)
+        for parallel in ({}, {"pipeline": 2})
+    )
+    te_ranks.run(1, save_and_go_on, alone)
+    stored = load_file(alone.path / "checkpoints" / "latest" / "fp8.safetensors")
+    assert any((value != 1).any() for name, value in stored.items() if name.endswith(".scale"))
+    first, second = te_ranks.run(2, jobs.loaded_scales, staged)
+    assert {name.split(".")[0] for name in first} == {"layer1"}
+    assert {name.split(".")[0] for name in second} == {"layer2"}
+    found = first | second
+    assert found.keys() == stored.keys()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(found[name], value.numpy(), err_msg=name)

@@ -3,6 +3,7 @@
 manifest.json      the completion marker: every other file with size and checksum; written last
 state.json         TrainState, Adam's step, the schedule, the layout that saved
 rng.safetensors    random state of every rank
+fp8.safetensors    scales and histories of FP8's delayed scaling (model.fp8.recipe: delayed)
 weights/           megatron.core.dist_checkpointing: parameters and optimizer state
 config.yaml        the run's resolved configuration
 versions.json      package versions
@@ -26,13 +27,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gtpo_megatron import control
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import save_config
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.policy.checkpoint import files
+from gtpo_megatron.policy.checkpoint import files, scales
 from gtpo_megatron.policy.checkpoint import state as tensor_state
 from gtpo_megatron.policy.checkpoint.files import DamagedCheckpointError
 from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
@@ -41,6 +43,7 @@ from gtpo_megatron.policy.model import Policy, world_rank
 from gtpo_megatron.policy.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
+RANDOM_STATE, SCALING_STATE = "rng.safetensors", "fp8.safetensors"
 WRITE_ERRORS = (OSError, CheckpointException, CheckpointingException)
 PACKAGES = (
     "gtpo-megatron",
@@ -105,7 +108,8 @@ class Checkpointer:
         partial = on_rank_zero(start)
         try:
             rng = _gather_random_state()
-            for_rank_zero(lambda: self._write_small_files(partial, state, rng))
+            fp8 = scales.merge(control.gather_to_zero(scales.scaling_state(self._policy)) or [])
+            for_rank_zero(lambda: self._write_small_files(partial, state, rng, fp8))
             request = tensor_state.begin_save(
                 tensors, partial / "weights", asynchronous=self._config.checkpoint.asynchronous
             )
@@ -172,7 +176,9 @@ class Checkpointer:
             raise UserError(text) from error
         raise error
 
-    def _write_small_files(self, partial: Path, state: TrainState, rng: dict[str, Any]) -> None:
+    def _write_small_files(
+        self, partial: Path, state: TrainState, rng: dict[str, Tensor], fp8: dict[str, Tensor]
+    ) -> None:
         content = {
             "train": dataclasses.asdict(state),
             "adam_step": tensor_state.adam_step(self._optimizer),
@@ -180,7 +186,9 @@ class Checkpointer:
             "layout": _layout(self._config),
         }
         (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        save_file(rng, partial / "rng.safetensors")
+        save_file(rng, partial / RANDOM_STATE)
+        if fp8:
+            save_file(fp8, partial / SCALING_STATE)
         save_config(self._config, partial / "config.yaml")
         (partial / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
         tokenizer = self._config.model.tokenizer or self._hf_source
@@ -216,10 +224,14 @@ class Checkpointer:
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> TrainState:
         content = on_rank_zero(lambda: read_state(checkpoint))
         rng = together(lambda: _read_random_state(checkpoint))
+        fp8 = together(
+            lambda: _read_tensors(checkpoint / SCALING_STATE) if SCALING_STATE in manifest["files"] else {}
+        )
         # read on each rank, told to none
         together(lambda: tensor_state.read_metadata(checkpoint / "weights") and None)
         weights = checkpoint / "weights"
         tensor_state.load_training_state(self._policy, self._optimizer, content["adam_step"], weights)
+        scales.set_scaling_state(self._policy, fp8)
         schedule = self._optimizer.schedule
         schedule.num_steps = 0
         schedule.step(increment=content["schedule"]["num_steps"])
@@ -304,9 +316,13 @@ def _gather_random_state() -> dict[str, Any]:
 
 
 def _read_random_state(checkpoint: Path) -> dict[str, Any]:
-    path, prefix = checkpoint / "rng.safetensors", f"{world_rank()}."
+    prefix = f"{world_rank()}."
+    tensors = _read_tensors(checkpoint / RANDOM_STATE)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{path}: not readable: {error}") from error
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

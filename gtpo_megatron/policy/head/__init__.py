@@ -48,7 +48,9 @@ def token_statistics(
     """Log-probability of each target and entropy of each distribution softmax(hidden @ weight.T / temperature).
 
     Memory beyond the gradients themselves: a fixed workspace (`tiles.WORKSPACE_BYTES`) plus O(R) and, in the backward,
-    one float32 [R, H]. The backward computes the logits again, tile by tile, save those that fit in the workspace.
+    one float32 [R, H]. The backward computes the logits again, tile by tile, save what a CPU keeps: those that fit in the
+    workspace, and, where the weight's gradient is a tensor of its own (no `main_grad`), those that fit in that. It is then
+    made by the forward already; so let the backward follow before the next forward.
 
     Args:
         hidden: [R, H] final hidden states at response positions, the same on every rank of `tp_group`.

@@ -2,7 +2,7 @@
 is left to an implementation (`TileOperations`)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gtpo_megatron.policy.head.tiles import TilePlan, multiply, multiply_add, operand, spans
+from gtpo_megatron.policy.head.tiles import TilePlan, multiply, multiply_add, operand, spans, waiting_places
 
 LARGEST_SHIFT = 1e4
 """Shifts of a maximum are cut here: exp(-1e4) is 0 in every type, and 0 * 1e4 is 0 where 0 * inf would be NaN."""
@@ -75,8 +75,14 @@ class HeadPlan:
     main_grad: Tensor | None
 
 
-KeptTiles = dict[tuple[int, int], tuple[Tensor, Tensor | None]]
-"""Logits of some tiles by first row and column, and what was already subtracted from their rows."""
+@dataclass
+class KeptTiles:
+    """Logits of some tiles, from the forward for the first backward."""
+
+    tiles: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """by first row and column, with what was already subtracted from their rows"""
+    lent: Tensor | None = None
+    """[V_local, H] the memory of the weight's gradient to come, in which most of them wait (`waiting_places`)"""
 
 
 class LossHead(torch.autograd.Function):
@@ -86,11 +92,13 @@ class LossHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, plan: HeadPlan
     ) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.kept = plan, {}
+        ctx.plan, ctx.kept = plan, KeptTiles()
+        if ctx.needs_input_grad[1] and plan.main_grad is None and hidden.device.type == "cpu":
+            ctx.kept.lent = _unwritten(weight, targets, plan)
         running = _scan(hidden, weight, targets, plan, ctx.kept if any(ctx.needs_input_grad) else None)
         logprobs, entropy, log_total = _reduce(running, targets, plan)
         if plan.entropy_floor is not None:
-            entropy = _floored_entropy(hidden, weight, log_total, plan, plan.entropy_floor, ctx.kept)
+            entropy = _floored_entropy(hidden, weight, log_total, plan, plan.entropy_floor, ctx.kept.tiles)
         ctx.save_for_backward(hidden, weight, targets, log_total, entropy)
         if not plan.entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -106,7 +114,10 @@ class LossHead(torch.autograd.Function):
         grad_hidden = (
             torch.zeros(hidden.shape, dtype=plan.dtype, device=hidden.device) if need_hidden else None
         )
-        grad_weight = plan.main_grad if fused else _unwritten(weight, targets, plan) if need_weight else None
+        lent, ctx.kept.lent = ctx.kept.lent, None
+        grad_weight = plan.main_grad if fused else None
+        if need_weight and not fused:
+            grad_weight = lent if lent is not None else _unwritten(weight, targets, plan)
         incoming = Incoming(
             targets,
             log_total,
@@ -114,7 +125,7 @@ class LossHead(torch.autograd.Function):
             grad_logprobs / plan.temperature,
             grad_entropy / plan.temperature if plan.entropy_grad else None,
         )
-        _accumulate(hidden, weight, incoming, plan, ctx.kept, grad_hidden, grad_weight)
+        _accumulate(hidden, weight, incoming, plan, ctx.kept.tiles, grad_hidden, grad_weight)
         return (
             grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
             _placeholder(weight) if fused else grad_weight,
@@ -153,7 +164,7 @@ def _accumulate(
     weight: Tensor,
     incoming: Incoming,
     plan: HeadPlan,
-    kept: KeptTiles,
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]],
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
@@ -166,9 +177,11 @@ def _accumulate(
         grad_columns = _accumulator(grad_weight, columns, plan)
         for rows in spans(len(hidden), plan.tiles.token_tile):
             # A kept tile is consumed: a second backward through a retained graph computes it again.
-            logits, shift = kept.pop((rows.start, columns.start), (None, None))
-            if logits is None:
-                logits = _view(logits_buffer, rows, columns)
+            waiting, shift = kept.pop((rows.start, columns.start), (None, None))
+            logits = _view(logits_buffer, rows, columns)
+            if waiting is not None:
+                logits.copy_(waiting)  # the product below may be written where they waited
+            else:
                 multiply(left[rows], right.t(), logits, scale=1 / plan.temperature)
             scratch = _view(scratch_buffer, rows, columns)
             grad_logits = incoming.gradient(plan, rows, columns.start, logits, shift, scratch)
@@ -195,12 +208,16 @@ def _scan(
     left = operand(hidden, plan.dtype)
     logits_buffer, scratch_buffer = _workspace(left, plan)
     allowance = plan.tiles.kept_bytes if kept is not None else 0
+    lent, places = _lent_memory(kept, targets.numel(), plan)
     for columns in spans(plan.vocab_rows, plan.tiles.vocab_tile):
         right = operand(weight[columns], plan.dtype)
         for rows in spans(targets.numel(), plan.tiles.token_tile):
             logits = _view(logits_buffer, rows, columns)
-            keeps = logits.nbytes <= allowance
-            if keeps:
+            place = places.get((rows.start, columns.start))
+            keeps = place is not None or logits.nbytes <= allowance
+            if place is not None:
+                logits = _view(lent[place:], rows, columns)
+            elif keeps:
                 allowance -= logits.nbytes
                 logits = torch.empty_like(logits)
             multiply(left[rows], right.t(), logits, scale=1 / plan.temperature)
@@ -211,8 +228,20 @@ def _scan(
                 _view(scratch_buffer, rows, columns),
             )
             if keeps:
-                kept[rows.start, columns.start] = logits, shift
+                kept.tiles[rows.start, columns.start] = logits, shift
     return running
+
+
+def _lent_memory(
+    kept: KeptTiles | None, rows: int, plan: HeadPlan
+) -> tuple[Tensor | None, dict[tuple[int, int], int]]:
+    """The lent memory as one row of logits, and where in it each tile may wait."""
+    if kept is None or kept.lent is None:
+        return None, {}
+    flat = kept.lent[: plan.vocab_rows].view(-1)
+    narrower = plan.dtype.itemsize // flat.element_size()
+    flat = flat[: flat.numel() // narrower * narrower].view(plan.dtype)
+    return flat, waiting_places(plan.tiles, rows, plan.vocab_rows, flat.numel())
 
 
 def _reduce(running: RunningStatistics, targets: Tensor, plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +271,12 @@ def _reduce(running: RunningStatistics, targets: Tensor, plan: HeadPlan) -> tupl
 
 
 def _floored_entropy(
-    hidden: Tensor, weight: Tensor, log_total: Tensor, plan: HeadPlan, floor: float, kept: KeptTiles
+    hidden: Tensor,
+    weight: Tensor,
+    log_total: Tensor,
+    plan: HeadPlan,
+    floor: float,
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]],
 ) -> Tensor:
     """-sum p ln max(p, floor) of each row [R] over the whole vocabulary. Kept tiles are read, and stay as they are."""
     entropy = torch.zeros_like(log_total)
@@ -284,7 +318,7 @@ def _accumulator(grad_weight: Tensor | None, columns: slice, plan: HeadPlan) -> 
 
 def _unwritten(weight: Tensor, targets: Tensor, plan: HeadPlan) -> Tensor:
     """A weight gradient that is zero where no tile will write: in padded rows, and everywhere if there are no tokens."""
-    grad_weight = torch.empty_like(weight)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_weight[plan.vocab_rows if targets.numel() else 0 :].zero_()
     return grad_weight
 

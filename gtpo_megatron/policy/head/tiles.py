@@ -55,6 +55,25 @@ def spans(length: int, tile: int) -> Iterator[slice]:
         yield slice(start, min(start + tile, length))
 
 
+def waiting_places(plan: TilePlan, rows: int, columns: int, size: int) -> dict[tuple[int, int], int]:
+    """Where tiles of logits may wait in the memory of the weight's gradient while the backward fills it from its start.
+
+    By first row and column, offsets into `size` numbers of the logits' type, which hold the gradient of all columns. The
+    backward goes through columns, then rows, takes a tile out and only then adds to the gradient of its columns. What
+    finds no place has no entry; none has where a row of logits takes more than the whole gradient.
+    """
+    places = {}
+    top = size
+    for block in reversed(list(spans(columns, plan.vocab_tile))):
+        for tile in reversed(list(spans(rows, plan.token_tile))):
+            # the first tile of its columns leaves before they are written; rounded up, as halves of a number count
+            written = -(-(block.stop if tile.start else block.start) * size // columns)
+            start = top - (tile.stop - tile.start) * (block.stop - block.start)
+            if start >= written:
+                places[tile.start, block.start] = top = start
+    return places
+
+
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor as the device multiplies it: GPUs take bfloat16 and give float32, CPUs need float32 factors for that."""
     return tensor if tensor.is_cuda else tensor.to(dtype)

@@ -21,6 +21,7 @@ UPSTREAM: dict[str, Callable[..., Any]] = {
     "contiguous-scatter": param_mapping.MegatronParamMapping.scatter_to_tp_ranks,
     "expert-gather": param_mapping.MegatronParamMapping.gather_from_ep_ranks,
     "expert-names": model_bridge._megatron_local_name_to_global,
+    "shared-embeddings": model_bridge.MegatronModelBridge._broadcast_shared_embeddings,
     "vocabulary-padding": param_mapping.ColumnParallelMapping.hf_to_megatron,
 }
 
@@ -36,6 +37,8 @@ def mend() -> None:
         model_bridge._megatron_local_name_to_global = _name_experts
     if MENDS["vocabulary-padding"].applies():
         columns.hf_to_megatron = _split_padded
+    if MENDS["shared-embeddings"].applies():
+        model_bridge.MegatronModelBridge._broadcast_shared_embeddings = _broadcast_of_last_chunk
 
 
 def _scatter_contiguous(self: Any, splits: list[Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,6 +61,12 @@ def _name_experts(models: Any, config: Any, name: str, *args: Any, **kwargs: Any
         return result
     per_rank = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
     return result.replace(local[0], f"local_experts.{rank * per_rank + int(local[1])}.")
+
+
+def _broadcast_of_last_chunk(self: Any, models: list[nn.Module]) -> None:
+    # upstream looks at the first of what it is given; the last stage's output layer is in its last chunk
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    UPSTREAM["shared-embeddings"](self, models[-1:] if last else models[:1])
 
 
 def _split_padded(self: Any, hf_weights: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -67,6 +67,12 @@ MENDS: dict[str, Mend] = {
         "the model's vocabulary is padded to a multiple of tensor parallelism, and the checkpoint's is then refused",
         "policy/mends/bridge.py",
     ),
+    "shared-embeddings": Mend(
+        "megatron-bridge",
+        "<0.6",
+        "tied embeddings with a virtual pipeline: the last stage looks for the output layer in its first chunk; AssertionError",
+        "policy/mends/bridge.py",
+    ),
     "paged-stash": Mend(
         "megatron-core",
         ">=0.17",
