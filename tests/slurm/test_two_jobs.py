@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slurm
 def test_two_runs_on_the_same_nodes_and_a_second_job_of_one_of_them(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
 ) -> None:
-    site.write_text(site.read_text().replace("--mem=1000", "--nodelist=node[1-2]\n- --mem=1000"))
+    site.write_text(site.read_text().replace("--mem=1000", "--exclude=node[3-4]\n- --mem=1000"))
     runs = recipe.parent / "runs"
     runs.mkdir()
     hold(runs / "fought-over", 1)
