@@ -90,7 +90,7 @@ class Chaos:
             "training": {"steps": self.steps, "micro_batch_tokens": 256},
             "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
             "optimizer": {"lr": 1e-3, "warmup_steps": 2},
-            "rewards": {"workers": 1, "terms": [reward]},
+            "rewards": {"workers": 1, "timeout_s": 600, "terms": [reward]},  # one that is held is scored
             "checkpoint": {"every": 2, "export_hf": False},
             "logging": {"tensorboard": False, "progress": "off"},
         }

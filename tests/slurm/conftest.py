@@ -60,6 +60,7 @@ def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "rewards": {
             "workers": 1,
+            "timeout_s": 600,  # a batch that is held is scored all the same
             "terms": [
                 {
                     "kind": "python",
