@@ -6,7 +6,7 @@
 #   PAIR=next        `make test` of what depends on Megatron's version, with the pins of Python 3.12, in .venv-next
 #   WORKERS=...      how many processes `make test` runs tests in; 0: in its own
 #   KILLS=...        how often `make chaos` kills
-#   FAULTS=...       how many faults `make soak` injects
+#   FAULTS=...       how many faults `make soak` injects; `make slurm-chaos` has 20
 #   SEED=...         what `make fuzz` tries
 #   MUTANTS=...      changes of each file that `make mutants` tries; 0: all
 #   PARTS=...        what `make gpu` runs; all by default
@@ -32,7 +32,7 @@ SEED ?= 0
 MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang evidence test numerics lint format bench gpu chaos soak fuzz mutants sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang evidence test numerics lint format bench gpu chaos slurm-chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -100,6 +100,9 @@ gpu: ## on a machine with a GPU: what works, how fast, in which memory, in one u
 
 chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments, and compare all its metrics
 	@$(BIN)/python tools/chaos.py --kills $(KILLS)
+
+slurm-chaos: .venv ## kill ranks and nodes of a tiny run on a virtual Slurm, preempt, requeue, cancel it, 20 times; compare (needs root)
+	@$(BIN)/python tools/slurm_chaos.py
 
 soak: sglang ## kill and stop SGLang servers, router and trainer of a run 40 times (FAULTS=...); check that nothing is lost
 	@$(BIN)/python tools/soak.py --faults $(FAULTS)

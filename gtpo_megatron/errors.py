@@ -4,6 +4,7 @@ COMPLETE = 0  # all steps are done
 FAILED = 1  # a fault of the program or the machine
 MISTAKE = 2  # a UserError
 STOPPED = 3  # a signal ended the run early; the same command goes on with it
+STUCK = 4  # nothing went on: a rank waited for others in vain
 
 
 class UserError(Exception):

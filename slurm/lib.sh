@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt (or end_command)
+#   begin_attempt, load_modules, need_file, screen_nodes, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt (or end_command)
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
-#                        and times: when it began, in seconds since 1970, for which job; when it ended
+#                        times: when it began, in seconds since 1970, for which job; when it ended
+#                        screen.log: what the nodes answered to the screening; screen.err: what Slurm and Python said of it
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
 #   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
@@ -31,7 +32,7 @@ note_end() {
 
 # begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
 begin_attempt() {
-  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank
+  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank fit=()
   if ! mkdir -p "$attempts" || [ ! -w "$attempts" ]; then
     end_job 2 "mistake: $attempts cannot be written on $(hostname); is it on the shared file system?"
   fi
@@ -74,16 +75,86 @@ servers_key() {
   export GTPO_SERVERS_KEY
 }
 
-# split_nodes N: the first N nodes of the job in $serving, the others in $training, as srun's --nodelist takes them.
+# screen_nodes SPARES SECONDS PYTHON...: each node of the job shows within so long that it is fit (gtpo_megatron/machine/screen.py),
+# and a spare one takes the place of one that is not. Leaves in $fit the nodes to use, as many as the job has without its spares.
+# Where they are too few, the job is requeued without those that are unfit, unless all are: that is a mistake in what they share.
+# PYTHON: the interpreter, after what srun needs for it.
+screen_nodes() {
+  local spares=$1 limit=$2 folder=$attempt_dir/screen nodes node unfit=() first="" token
+  local -A verdict=()
+  shift 2
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  mkdir -p "$folder"
+  token=${SLURM_JOB_ID:-none}.$$.$RANDOM
+  echo "$token" >"$folder/.token"
+  (srun "--nodes=${#nodes[@]}" "--ntasks=${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 "$@" \
+    -m gtpo_megatron.machine.screen "$folder" "$token" --limit "$limit" 2>"$attempt_dir/screen.err" |
+    while read -r line; do printf '%(%s)T %s\n' -1 "$line"; done >"$attempt_dir/screen.log") &
+  wait_for "$!"
+  read_verdicts
+  fit=()
+  for node in "${nodes[@]}"; do
+    if [ "${verdict[$node]-}" = ok ]; then
+      fit+=("$node")
+    else
+      unfit+=("$node")
+      if [ -z "${verdict[$node]-}" ]; then verdict[$node]="no answer: $(grep -m 1 -F " $node: " "$attempt_dir/screen.err")"; fi
+      first=${first:-"$node: ${verdict[$node]}"}
+    fi
+  done
+  if [ -n "${verdict[stopped]-}" ] || [ "$got_term" = 1 ]; then
+    step_code=3
+    end_attempt "$retries"
+  fi
+  for node in "${unfit[@]}"; do say "$node is unfit: ${verdict[$node]}"; done
+  if [ "${#fit[@]}" -ge "$((${#nodes[@]} - spares))" ]; then
+    fit=("${fit[@]:0:${#nodes[@]}-spares}")
+    return
+  fi
+  first_end="${#unfit[@]} of ${#nodes[@]} nodes are unfit, $spares to spare: $first"
+  if [ "${#fit[@]}" = 0 ] && [ "${#nodes[@]}" -gt 1 ]; then end_job 2 "mistake: $first_end; not requeued"; fi
+  avoid=$(IFS=,; echo "${unfit[*]}")
+  if ! can_do_without "$avoid"; then end_job 2 "mistake: $first_end; Slurm has too few nodes without $avoid: not requeued"; fi
+  step_code=unfit
+  end_attempt "$retries"
+}
+
+# Of screen_nodes: ${verdict[NODE]} is "ok" or why not, ${verdict[stopped]} is set if the job is asked to stop meanwhile.
+read_verdicts() {
+  local now word clock how text
+  while read -r now word node clock how text; do
+    if [ "$word" != screen ]; then continue; fi # what libraries print
+    case $how in
+      ok) verdict[$node]=ok
+          if [ "$(cat "$folder/$node" 2>&1)" != "$token" ]; then
+            verdict[$node]="what it writes into the run's directory is not seen by $(hostname)"
+          elif [ "$((clock - now))" -gt 30 ] || [ "$((now - clock))" -gt 30 ]; then # a lease is good for 120 s
+            verdict[$node]="its clock and that of $(hostname) differ by $((clock - now)) s"
+          fi ;;
+      unfit) verdict[$node]=$text ;;
+      stopped) verdict[stopped]=1 ;;
+    esac
+  done <"$attempt_dir/screen.log"
+}
+
+# can_do_without NODES: whether Slurm has a place for this job without these nodes and those left out before, now or later.
+can_do_without() {
+  local before words
+  before=$(left_out)
+  words=(--test-only "--nodes=$SLURM_NNODES" "--exclude=${before:+$before,}$1")
+  if [ -n "${SLURM_JOB_PARTITION:-}" ]; then words+=("--partition=$SLURM_JOB_PARTITION"); fi
+  sbatch "${words[@]}" "$0" >/dev/null 2>&1
+}
+
+# split_nodes N: the first N of the nodes $fit in $serving, the others in $training, as srun's --nodelist takes them.
 # shellcheck disable=SC2034 # used by the files that source this
 split_nodes() {
-  local nodes
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  if [ "${#nodes[@]}" -le "$1" ]; then
-    end_job 2 "mistake: $1 nodes are to serve, and the job has ${#nodes[@]}: no node is left to train"
+  if [ "${#fit[@]}" = 0 ]; then mapfile -t fit < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi # not screened
+  if [ "${#fit[@]}" -le "$1" ]; then
+    end_job 2 "mistake: $1 nodes are to serve, and the job has ${#fit[@]}: no node is left to train"
   fi
-  serving=$(IFS=,; echo "${nodes[*]:0:$1}")
-  training=$(IFS=,; echo "${nodes[*]:$1}")
+  serving=$(IFS=,; echo "${fit[*]:0:$1}")
+  training=$(IFS=,; echo "${fit[*]:$1}")
 }
 
 # keep_servers RETRIES SRUN...: servers as a step in the background. A step that ends is started again, unless it ended with
@@ -159,6 +230,18 @@ silent_ranks() { (cd "$attempt_dir/pulse" && find . -type f ! -name '.*' ! -newe
 
 end_of_task='[^ ]+: tasks? [0-9][0-9,-]*: .*' # how srun says that one has ended badly
 
+# wait_for PID: waits for a process's end, whatever signals come meanwhile; its exit code in $code. It is asked to end when the
+# servers have ended for good.
+wait_for() {
+  while :; do
+    interrupted=0
+    if [ -s "$attempt_dir/servers.ended" ]; then kill -TERM "$1" 2>/dev/null; fi
+    wait "$1"
+    code=$?
+    [ "$interrupted" = 0 ] && break
+  done
+}
+
 # run_step SRUN...: runs a step and waits for it, whatever signals come meanwhile. Sets $step_code to what ended it:
 # the exit code of the first rank that ended badly. srun's own is the highest of all, and those ended in its wake,
 # by a signal, have a higher one. With $hung_after, ranks that hang for so many seconds end it.
@@ -175,13 +258,7 @@ run_step() {
     watch_ranks "$step" "$hung_after" &
     watcher=$!
   fi
-  while :; do
-    interrupted=0
-    if [ -s "$attempt_dir/servers.ended" ]; then kill -TERM "$step" 2>/dev/null; fi
-    wait "$step"
-    code=$?
-    [ "$interrupted" = 0 ] && break
-  done
+  wait_for "$step"
   if [ -n "$watcher" ]; then
     kill "$watcher" 2>/dev/null
     wait "$watcher"
@@ -199,6 +276,7 @@ run_step() {
     step_code=hung first_end="rank.node $(one_line <"$attempt_dir/hung")gave no sign of life for $hung_after s"
     if [ "$(wc -l <"$attempt_dir/hung")" -lt "$(find "$GTPO_PULSE" -name '[0-9]*' | wc -l)" ]; then
       avoid=$(sed 's/^[0-9]*\.//' "$attempt_dir/hung" | sort -u | paste -sd,)
+      can_do_without "$avoid" || avoid= # rather there again than never
     fi # where all were silent, it may be the file system
   fi
 }
@@ -253,11 +331,13 @@ requeue() {
   end_job 3 "$1; cannot be requeued ($(one_line <<<"$answer")): submit again to go on"
 }
 
+# The nodes that this job does not get, as Slurm writes them.
+left_out() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -vF '(null)'; }
+
 # leave_out NODES: this job, which waits in the queue, does not get these nodes. Slurm changes the list of a waiting job alone.
 leave_out() {
   local before answer
-  before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-  if [ "$before" = "(null)" ]; then before=; fi
+  before=$(left_out)
   answer=$(scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${before:+$before,}$1" 2>&1) ||
     say "Slurm does not leave out $1: $(one_line <<<"$answer")"
 }
@@ -286,7 +366,10 @@ message_of_ranks() {
   fi
 }
 
-why() { echo "${first_end:-srun ended with $step_code}; logs in $attempt_dir"; }
+why() {
+  if [ "$step_code" = 4 ]; then printf 'ranks waited for each other in vain: '; fi # STUCK of gtpo_megatron/errors.py
+  echo "${first_end:-srun ended with $step_code}; logs in $attempt_dir"
+}
 
 # The end of the log of the rank that ended first.
 show_end_of_log() {

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "control", "errors", "network", "processes"}
+BASE = {"config", "control", "errors", "network", "processes", "vigil"}
 READERS = {
     "cluster.record",
     "run.alarm",
@@ -27,6 +27,7 @@ ALLOWED = {
     "registry": set(),
     "network": {"errors"},
     "processes": set(),
+    "vigil": {"errors"},
     "machine": BASE,
     "cluster": BASE | {"cluster.record", "registry", "run.directory"},
     "cluster.record": set(),
@@ -101,6 +102,7 @@ MAY_SAY_CUDA = {
     "policy/platform.py": "the one place that knows",
     "policy/without_cuda.py": "what it leads to the CPU",
     "machine/doctor.py": "reports what the machine has",
+    "machine/screen.py": "tries the GPUs of a node before ranks start on it",
     "machine/probe.py": "looks at the machine for the rules and the doctor",
     "rollout/sglang/engine.py": "default device of servers that it starts",
     "rollout/sglang/weights/buckets.py": "waits for the stream of a tensor that another thread sends",

@@ -19,7 +19,7 @@ class Attempt:
     number: int
     job_id: str
     step: int
-    how: str  # exit code, "term", or "hung"
+    how: str  # exit code, "term", "hung", or "unfit"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Site(Section):
     stop_before_s: int = Field(
         300, ge=60, description="seconds before the time limit at which a run is asked to save and stop"
     )
+    screening_s: int = Field(
+        30,
+        ge=0,
+        description="seconds in which each node has to show that it is fit before ranks start; 0: never",
+    )
     hung_after_s: int = Field(
         90, ge=0, description="seconds without a sign of life after which a rank counts as hung; 0: never"
     )

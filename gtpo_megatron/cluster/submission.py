@@ -38,6 +38,7 @@ class Job:
     python: str
     servers: int = 0  # nodes of this job that serve
     servers_jobs: int = 0  # jobs of one node each that serve
+    spares: int = 0  # more nodes of this job, for those that are unfit
 
     @property
     def ranks(self) -> int:
@@ -70,7 +71,7 @@ def servers_settings(job: Job, tensor: int, servers: int) -> list[str]:
 def options(job: Job, site: Site) -> Iterator[str]:
     """The options of sbatch, those of the site last."""
     yield f"--job-name={job.name}"
-    yield f"--nodes={job.nodes + job.servers}"
+    yield f"--nodes={job.nodes + job.servers + job.spares}"
     yield f"--ntasks-per-node={job.ranks_per_node}"
     if job.gpus_per_node:
         yield f"--gpus-per-node={job.gpus_per_node}"
@@ -137,6 +138,8 @@ def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
     yield f"lib={shlex.quote(str(submission / LIBRARY))}"
     yield f"retries={job.retries}"
     yield f"hung_after={site.hung_after_s}"
+    yield f"screening={site.screening_s}"
+    yield f"spares={job.spares}"
     yield f"servers={'jobs' if job.servers_jobs else job.servers}"
     yield _array("modules", site.modules)
     yield _array("python", [job.python])

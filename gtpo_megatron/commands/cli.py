@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gtpo_megatron import __version__
+from gtpo_megatron import __version__, vigil
 from gtpo_megatron.cluster.pulse import give_pulse
 from gtpo_megatron.cluster.ranks import join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
@@ -110,6 +110,7 @@ def train(
 
     # not before: loading torch's libraries from a slow file system may keep Python still for minutes
     give_pulse(os.environ)
+    vigil.watch(config.training.stuck_after_s)
 
     raise typer.Exit(run_training(config))
 

@@ -12,7 +12,15 @@ from gtpo_megatron.cluster.status import Picture, look, seconds
 
 EPILOG = "Example: gtpo-megatron status runs/quickstart"
 ATTEMPTS_SHOWN = 5
-HOW = {"0": "complete", "2": "mistake", "3": "stopped", "term": "ended by Slurm", "hung": "a rank hung"}
+HOW = {
+    "0": "complete",
+    "2": "mistake",
+    "3": "stopped",
+    "4": "stuck",
+    "term": "ended by Slurm",
+    "hung": "a rank hung",
+    "unfit": "a node was unfit",
+}
 
 
 def status(

@@ -44,6 +44,9 @@ def submit(
     servers_job: Annotated[
         int, typer.Option(min=0, help="Jobs of one node each that run SGLang servers, and may come and go.")
     ] = 0,
+    spares: Annotated[
+        int, typer.Option(min=0, help="More nodes, of the same job, that take the place of unfit ones.")
+    ] = 0,
     retries: Annotated[
         int, typer.Option(min=0, help="Times that the job is requeued without a new step.")
     ] = 3,
@@ -80,7 +83,12 @@ def submit(
         python=facts.python or ("python3" if in_container else sys.executable),
         servers=servers,
         servers_jobs=servers_job,
+        spares=spares,
     )
+    if spares and not facts.screening_s:
+        raise UserError(
+            f"--spares {spares}: they take the place of nodes that fail the screening, which {site} has turned off (screening_s: 0)"
+        )
     words = settings or []
     if at_once and not sweep:
         raise UserError(

@@ -28,6 +28,12 @@ class TrainingConfig(Section):
         le=1_000_000,
         description="stop after this many steps in a row with NaN or infinite gradients",
     )
+    stuck_after_s: float = Field(
+        600.0,
+        ge=0,
+        le=604_800,
+        description="seconds without a micro-batch or an update after which ranks that train count as stuck, and end; 0: never",
+    )
     overlap_grad_reduce: bool = Field(
         False, description="reduce gradients over data-parallel ranks during the backward pass"
     )

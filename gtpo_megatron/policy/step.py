@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from gtpo_megatron import control
+from gtpo_megatron import control, vigil
 from gtpo_megatron.config import AlgorithmConfig, ParallelConfig
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch, make_micro_batch
@@ -218,6 +218,7 @@ def run_schedule(
         chunk.train(not forward_only)
 
     def forward_step(iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
+        vigil.progress()
         batch = next(iterator)
         keep_precision = {"fp32_output": False} if policy.bf16 else {}
         output = model(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gtpo_megatron import vigil
 from gtpo_megatron.policy import platform
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.progress import RunProgress
@@ -34,13 +35,15 @@ class Stages:
 
     @contextmanager
     def _in_status(self, name: str) -> Iterator[None]:
-        if self._owner is None:
-            yield
-            return
-        outer, self._open = self._open, name
-        self._owner.stage(name)
+        outer = self._open
+        self._enter(name)
         try:
             yield
         finally:
-            self._open = outer
-            self._owner.stage(outer)
+            self._enter(outer)
+
+    def _enter(self, name: str) -> None:
+        self._open = name
+        vigil.stage(name)
+        if self._owner is not None:
+            self._owner.stage(name)

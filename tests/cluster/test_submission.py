@@ -63,7 +63,8 @@ def srun_of(text: str, tmp_path: Path) -> list[str]:
 
 
 def a_site(**values: Any) -> Site:
-    return Site.model_validate(values)
+    """Without screening: that is a step of its own, of which tests/cluster/test_screening.py knows."""
+    return Site.model_validate({"screening_s": 0} | values)
 
 
 def test_options_of_the_job_come_after_those_of_the_file(job: Job) -> None:
@@ -249,6 +250,14 @@ def test_servers_in_the_job_are_more_nodes_of_it(job: Job) -> None:
     text = script(with_servers, a_site(), job.run / "submissions" / "1", TEMPLATE)
     assert "--nodes=6" in options_of(text) and "\nservers=2\n" in text
     assert "serve.sbatch" not in submission.scripts_of(with_servers)
+
+
+def test_spare_nodes_are_more_nodes_of_the_job(job: Job) -> None:
+    text = script(
+        replace(job, servers=2, spares=1), a_site(screening_s=45), job.run / "submissions" / "1", TEMPLATE
+    )
+    assert "--nodes=7" in options_of(text)
+    assert "\nscreening=45\n" in text and "\nspares=1\n" in text
 
 
 def test_servers_in_jobs_of_their_own_are_an_array(job: Job) -> None:

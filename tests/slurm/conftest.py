@@ -60,6 +60,7 @@ def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "rewards": {
             "workers": 1,
+            "timeout_s": 600,  # a batch that is held is scored all the same
             "terms": [
                 {
                     "kind": "python",
@@ -79,7 +80,7 @@ def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """The virtual cluster's facts: nodes without GPUs, two ranks fit on one, gloo on eth0."""
+    """The virtual cluster's facts: nodes without GPUs, two ranks fit on one, gloo on eth0; no screening, for haste."""
     facts = {
         "partition": "batch",
         "time": "00:30:00",
@@ -88,6 +89,7 @@ def site(tmp_path: Path) -> Path:
         "sbatch": ["--mem=1000"],
         "python": sys.executable,
         "interface": "eth0",
+        "screening_s": 0,
     }
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump(facts))

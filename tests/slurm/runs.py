@@ -23,6 +23,15 @@ def steps(run: Path) -> list[int]:
     return [row["step"] for row in read_metrics(path)] if path.exists() else []
 
 
+def figures(run: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock says."""
+    measured = ("time", "tokens_per_second", "memory/peak_gib")
+    return [
+        {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
 def last_line(run: Path, job_id: str) -> str:
     return (run / f"slurm-{job_id}.log").read_text().splitlines()[-1]
 

@@ -32,8 +32,9 @@ def test_shellcheck_finds_nothing(cluster: VirtualSlurm) -> None:
         (("--nodes", "1"), "the world has 1 rank, not a multiple of parallel.tensor"),
         (("--nodes", "2", "--time", "soon"), "Invalid --time specification"),
         (("--nodes", "2", "parallel.tensr=2"), "did you mean parallel.tensor?"),
+        (("--nodes", "2", "--spares", "1"), "has turned off (screening_s: 0)"),
     ],
-    ids=["too few nodes", "layout", "time", "typo"],
+    ids=["too few nodes", "layout", "time", "typo", "spares"],
 )
 def test_submit_refuses_before_it_queues(
     cluster: VirtualSlurm,

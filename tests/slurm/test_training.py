@@ -5,28 +5,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from gtpo_megatron.cluster.record import job_ids
-from gtpo_megatron.errors import COMPLETE, MISTAKE
+from gtpo_megatron.errors import COMPLETE, MISTAKE, STUCK
 from gtpo_megatron.run.directory import read_status
-from gtpo_megatron.run.metrics import read_metrics
-from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until, wait_until_held
+from tests.slurm.runs import TRAIN, ended, figures, hold, last_line, steps, wait_until, wait_until_held
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
-
-
-def figures(run: Path) -> list[dict[str, Any]]:
-    """The metrics without what a clock says."""
-    measured = ("time", "tokens_per_second", "memory/peak_gib")
-    return [
-        {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
 
 
 def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
@@ -258,3 +247,27 @@ def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhil
     assert f"scoring model.path: {run / 'converted'}" in log.read_text()
     assert cluster.wait_for_job(refused)["ExitCode"] == f"{MISTAKE}:0"
     assert "END mistake: gtpo-megatron: " in last_line(run, refused)
+
+
+def test_ranks_that_wait_in_a_collective_for_ever_are_found_by_what_they_do_not_do(
+    cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
+) -> None:
+    python = recipe.parent / "python"
+    stuck = '[ "$SLURM_PROCID" = 1 ] && [ -z "$SLURM_RESTART_COUNT" ]'
+    python.write_text(
+        f'#!/bin/sh\nif {stuck}; then exec {sys.executable} -m tests.slurm.stuck_rank "$@"; fi\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    site.write_text(site.read_text().replace(f"python: {sys.executable}", f"python: {python}"))
+    job_id = submit("stuck", "training.steps=4", "training.stuck_after_s=15", "checkpoint.every=1")
+    job = cluster.wait_for_job(job_id)
+    run = recipe.parent / "runs" / "stuck"
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    assert [row[1:] for row in ended(run)] == [[job_id, "2", str(STUCK)], [job_id, "4", "0"]]
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert "END failed at step 2: ranks waited for each other in vain: node" in log
+    assert "no progress in stage training for 1" in log
+    logs = [(run / "attempts/1" / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert "stuck_rank.py" in logs[1] and "stuck_rank.py" not in logs[0]  # whose fault it was
+    assert steps(run) == [1, 2, 3, 4]

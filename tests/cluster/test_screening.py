@@ -1,0 +1,134 @@
+"""What slurm/lib.sh makes of the nodes' answers, with stand-ins for Slurm's programs; on a real Slurm: tests/slurm."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gtpo_megatron.cluster.submission import SCRIPTS
+
+SRUN = """\
+#!/bin/bash
+printf '%s\\n' "$@" >"$STATE/words"
+while [ "$1" != gtpo_megatron.machine.screen ]; do shift; done
+folder=$2 token=$3 now=$(date +%s)
+fit() { echo "screen $1 $now ok fine"; echo "$token" >"$folder/$1"; }
+source "$STATE/answers"
+"""
+SCONTROL = """\
+#!/bin/bash
+case "$*" in
+  'show hostnames '*) printf 'n%s\\n' 1 2 3 4 ;;
+  *'show job'*) echo "JobId=9 ExcNodeList=$(cat "$STATE/left_out" 2>/dev/null || echo '(null)') End" ;;
+  *) echo "$*" >>"$STATE/calls" ;;
+esac
+"""
+SBATCH = '#!/bin/bash\necho "$*" >>"$STATE/tests"\nexit "$(cat "$STATE/impossible" 2>/dev/null || echo 0)"\n'
+JOB = """\
+set -uo pipefail
+source {library}
+retries=1
+begin_attempt {run}
+screen_nodes {spares} 30 --container-image=x python3
+echo "fit ${{fit[*]}}"
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def screened(state: Path, answers: str, spares: int = 0) -> tuple[int, list[str]]:
+    """The exit code and the lines of the job, without their times, after the first."""
+    (state / "answers").write_text(answers)
+    environ = {
+        "PATH": f"{state}:/usr/bin:/bin",
+        "STATE": str(state),
+        "SLURM_JOB_ID": "9",
+        "SLURM_JOB_NODELIST": "n[1-4]",
+        "SLURM_NNODES": "4",
+        "SLURM_JOB_PARTITION": "gpu",
+    }
+    text = JOB.format(library=SCRIPTS / "lib.sh", run=state / "run", spares=spares)
+    done = subprocess.run(["bash", "-c", text], env=environ, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    return done.returncode, [line if line.startswith("fit") else line.split(" ", 2)[2] for line in lines]
+
+
+def calls(state: Path, name: str = "calls") -> list[str]:
+    file = state / name
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_all_are_fit_and_one_step_has_asked_them(state: Path) -> None:
+    assert screened(state, "for n in 1 2 3 4; do fit n$n; done") == (0, ["fit n1 n2 n3 n4"])
+    words = (state / "words").read_text().splitlines()
+    assert words[:3] == ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1"]
+    assert words[-8:-5] == ["--container-image=x", "python3", "-m"] and words[-2:] == ["--limit", "30"]
+    assert calls(state) == []
+
+
+def test_spare_nodes_that_nobody_needs_are_left_idle(state: Path) -> None:
+    assert screened(state, "for n in 1 2 3 4; do fit n$n; done", spares=1) == (0, ["fit n1 n2 n3"])
+
+
+@pytest.mark.parametrize(
+    "of_n2, why",
+    [
+        ('echo "screen n2 $now unfit GPU 3 is not idle"', "GPU 3 is not idle"),
+        ("echo 'srun: error: n2: task 1: Killed' >&2", "no answer: srun: error: n2: task 1: Killed"),
+        ("echo 'n2 is fine'", "no answer: "),
+        ('fit n2 | sed "s/$now/$((now - 3600))/"', "its clock and that of HERE differ by -36"),
+        ("fit n2; rm $folder/n2", "what it writes into the run's directory is not seen by HERE"),
+        ("fit n2; echo other >$folder/n2", "what it writes into the run's directory is not seen by HERE"),
+    ],
+    ids=["says so", "killed", "no answer", "clock", "not seen", "another file"],
+)
+def test_a_spare_node_takes_the_place_of_an_unfit_one(state: Path, of_n2: str, why: str) -> None:
+    code, (said, fit) = screened(state, f"fit n1; fit n3; fit n4\n{of_n2}", spares=1)
+    here = subprocess.run(["hostname"], capture_output=True, text=True).stdout.strip()
+    assert (code, fit) == (0, "fit n1 n3 n4")
+    assert said.startswith(f"n2 is unfit: {why.replace('HERE', here)}")
+
+
+def test_too_few_are_fit_and_the_job_goes_elsewhere(state: Path) -> None:
+    (state / "left_out").write_text("n9")
+    code, said = screened(state, 'fit n1; fit n3\necho "screen n2 $now unfit no GPU"', spares=1)
+    assert code == 0
+    assert said[:2] == ["n2 is unfit: no GPU", "n4 is unfit: no answer: "]
+    assert said[-1].startswith(
+        "END failed at step 0: 2 of 4 nodes are unfit, 1 to spare: n2: no GPU; logs in "
+    )
+    assert said[-1].endswith("; requeued without n2,n4")
+    assert calls(state) == ["requeue 9", "update jobid=9 excnodelist=n9,n2,n4"]
+    (test,) = calls(state, "tests")
+    assert test.startswith("--test-only --nodes=4 --exclude=n9,n2,n4 --partition=gpu ")
+    assert (state / "run" / "attempts" / "ended").read_text() == "1 9 0 unfit\n"
+
+
+def test_too_few_are_fit_and_slurm_has_no_others(state: Path) -> None:
+    (state / "impossible").write_text("1")
+    code, said = screened(state, 'for n in 1 2 3; do fit n$n; done\necho "screen n4 $now unfit no GPU"')
+    assert code == 2
+    assert said[-1] == (
+        "END mistake: 1 of 4 nodes are unfit, 0 to spare: n4: no GPU; Slurm has too few nodes without n4: not requeued"
+    )
+    assert calls(state) == []
+
+
+def test_what_all_nodes_share_is_a_mistake(state: Path) -> None:
+    code, said = screened(state, 'for n in 1 2 3 4; do echo "screen n$n $now unfit no ib0"; done')
+    assert code == 2
+    assert said[-1] == "END mistake: 4 of 4 nodes are unfit, 0 to spare: n1: no ib0; not requeued"
+    assert calls(state) == []
+
+
+def test_a_job_that_is_asked_to_stop_meanwhile_goes_on_another_day(state: Path) -> None:
+    code, said = screened(state, 'for n in 1 2 3; do fit n$n; done\necho "screen n4 $now stopped SIGUSR1"')
+    assert (code, said) == (0, ["END stopped after step 0; requeued"])
+    assert (state / "run" / "attempts" / "ended").read_text() == "1 9 0 3\n"

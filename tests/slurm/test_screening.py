@@ -1,0 +1,90 @@
+"""Nodes show that they are fit before the ranks start on them. The faults are real: of the nodes, not of the program."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.runs import ended, hold, last_line, steps, wait_until
+from tests.slurm.virtual import VirtualSlurm
+
+pytestmark = pytest.mark.slurm
+
+
+def requests(cluster: VirtualSlurm) -> dict[str, int]:
+    """How many of which kind the controller has answered since `sdiag --reset`."""
+    found = re.findall(r"^\s+([A-Z_]+)\s+\( *\d+\) count:(\d+)", cluster.run("sdiag").stdout, re.MULTILINE)
+    return {name: int(count) for name, count in found}
+
+
+@pytest.fixture
+def screened(site: Path) -> None:
+    text = site.read_text().replace("screening_s: 0", "screening_s: 60")  # four nodes share few cores
+    site.write_text(f"{text}env: {{TMPDIR: /dev/shm}}\n")  # of each node alone
+
+
+@contextmanager
+def small_disk(cluster: VirtualSlurm, node: str) -> Iterator[None]:
+    cluster.run("mount", "-o", "remount,size=16m", "/dev/shm", node=node)
+    try:
+        yield
+    finally:
+        cluster.run("mount", "-o", "remount,size=50%", "/dev/shm", node=node)
+
+
+@contextmanager
+def not_shared(cluster: VirtualSlurm, node: str, folder: Path) -> Iterator[None]:
+    """The node sees an empty folder of its own there."""
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder, node=node)
+    try:
+        yield
+    finally:
+        cluster.run("umount", "--lazy", folder, node=node)
+
+
+def test_a_spare_node_takes_the_place_of_one_without_the_shared_directory(
+    cluster: VirtualSlurm, recipe: Path, screened: None, submit: Callable[..., str]
+) -> None:
+    run = recipe.parent / "runs" / "small"
+    run.mkdir(parents=True)
+    hold(run, 1)
+    cluster.run("sdiag", "--reset")
+    with not_shared(cluster, "node2", run):
+        job_id = submit("small", "--spares", "1", "training.steps=2", "optimizer.warmup_steps=0")
+        wait_until(lambda: steps(run) == [1], "a step")
+        pulses = sorted(path.name for path in (run / "attempts/1/pulse").glob("[0-9]*"))
+        assert pulses == ["0.node1", "1.node3"]
+        (run.parents[1] / "hold").unlink()
+        job = cluster.wait_for_job(job_id)
+    assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "0", "node[1-3]")
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert "node2 is unfit: the run's directory is not shared with this node: " in log
+    assert steps(run) == [1, 2]
+    # what docs/cluster.md says of the controller's load: submit and its check, two steps, their end
+    asked = requests(cluster)
+    assert asked["REQUEST_JOB_STEP_CREATE"] == 2
+    assert asked["REQUEST_SUBMIT_BATCH_JOB"] == 1
+
+
+def test_without_a_spare_node_the_job_goes_elsewhere_or_ends_where_there_is_none(
+    cluster: VirtualSlurm, recipe: Path, screened: None, submit: Callable[..., str]
+) -> None:
+    runs = recipe.parent / "runs"
+    settings = ("training.steps=1", "optimizer.warmup_steps=0")
+    with small_disk(cluster, "node2"):
+        job_id = submit("all", "--nodes", "4", *settings, "rollout.prompts_per_step=4")
+        job = cluster.wait_for_job(job_id)
+        assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", "2:0")
+        line = last_line(runs / "all", job_id)
+        assert "END mistake: 1 of 4 nodes are unfit, 0 to spare: node2: /dev/shm: 1" in line
+        assert line.endswith("Slurm has too few nodes without node2: not requeued")
+
+        job_id = submit("small", *settings)
+        job = cluster.wait_for_job(job_id)
+        assert (job["JobState"], job["Restarts"], job["ExcNodeList"]) == ("COMPLETED", "1", "node2")
+    assert [row[1:] for row in ended(runs / "small")] == [[job_id, "0", "unfit"], [job_id, "1", "0"]]
+    log = (runs / "small" / f"slurm-{job_id}.log").read_text()
+    assert "END failed at step 0: 1 of 2 nodes are unfit, 0 to spare: node2: /dev/shm: 1" in log
+    assert "; requeued without node2" in log
