@@ -55,6 +55,7 @@ ALLOWED = {
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
+    "run.facts": BASE | {"plan"},
     "run": BASE
     | {
         "data",
@@ -65,6 +66,7 @@ ALLOWED = {
         "rollout.sglang",
         "rollout.sglang.audit",
         "run.alarm",
+        "run.facts",
         "run.metrics",
         "run.progress",
         "run.directory",

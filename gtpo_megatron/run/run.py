@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
+import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gtpo_megatron.config import DataConfig, RunConfig
@@ -33,7 +34,9 @@ from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solution
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.alarm import AlarmWatch
+from gtpo_megatron.run.costs import Flow, send
 from gtpo_megatron.run.directory import Owner
+from gtpo_megatron.run.facts import RunFacts
 from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
@@ -147,7 +150,9 @@ class Run:
     def _open_record(self) -> None:
         self.metrics: MetricsWriter | None = None
         self.alarm: AlarmWatch | None = None  # on rank 0
+        self.facts = RunFacts.of(self.config, dist.get_world_size(), platform.device_name())
         if self.main:
+            self.facts.write(self.path)
             self.metrics = self._stack.enter_context(MetricsWriter(self.path, self.config.logging))
             self.metrics.truncate_after(self.step if self.step else -1)
             self.alarm = AlarmWatch(self.config.alarm, read_metrics(self.metrics.path))
@@ -180,6 +185,7 @@ class Run:
         config = self.config
         self.engine: RolloutEngine | None = None
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
+        self.transferred: Flow | None = None  # bytes of weights, at the newest transfer from this rank
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or config.evaluation.data is not None
@@ -222,7 +228,7 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
+        self._with_exported_weights(self._send)
         if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
             return
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
@@ -230,6 +236,10 @@ class Run:
             if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
                 self._compare_checksums()
             self._certify()
+
+    def _send(self, weights: Iterator[NamedTensor]) -> None:
+        self.transferred = None
+        self.transferred = send(self.engine, weights, self.version)
 
     def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
         """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""

@@ -13,7 +13,7 @@ import yaml
 from gtpo_megatron.cluster.record import job_ids
 from gtpo_megatron.errors import COMPLETE, MISTAKE
 from gtpo_megatron.run.directory import read_status
-from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.metrics import is_measured, read_metrics
 from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until, wait_until_held
 from tests.slurm.virtual import VirtualSlurm
 
@@ -22,9 +22,8 @@ pytestmark = pytest.mark.slurm
 
 def figures(run: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock says."""
-    measured = ("time", "tokens_per_second", "memory/peak_gib")
     return [
-        {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
+        {name: value for name, value in row.items() if not is_measured(name)}
         for row in read_metrics(run / "metrics.jsonl")
     ]
 
