@@ -77,6 +77,7 @@ ALLOWED = {
     "train": BASE | {"analysis", "evaluation", "policy", "run", "trajectories"},
     "replay.float64": {"errors", "trajectories"},
     "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
+    "scaling": BASE | {"plan", "run.facts", "run.metrics"},
     "sweep": BASE | {"run.directory", "run.metrics"},
     "commands": BASE
     | {
@@ -91,6 +92,7 @@ ALLOWED = {
         "run",
         "run.directory",
         "run.serve",
+        "scaling",
         "sweep",
         "train",
     },
