@@ -137,6 +137,7 @@ def _asked(
     if recipe is None:  # the run's own, whose model need not be here
         config, shape = load_recipe(measured.run / "config.yaml", settings), measured.facts.shape
         gpus = gpus or measured.ranks
+        source = source or (measured.run if measured.generated is not None else None)
     else:
         config = load_recipe(recipe, settings)
         shape = _shape(config.model.path)

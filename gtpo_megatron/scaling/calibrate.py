@@ -91,7 +91,7 @@ def calibrate(measured: Measured, reached: Efficiency) -> Calibration:
     trained = replace(reached, **{change.name: change.after for change in changes})
     kept: list[str] = []
     for found in (
-        _decoding(measured, reached),
+        _decoding(measured, trained),
         _transfer(measured, plan, reached),
         _overhead(measured, reached),
     ):
