@@ -12,7 +12,9 @@ from gtpo_megatron.config.loading import load_config
 
 
 @pytest.fixture
-def words(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def words(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """A dry run of a recipe of four prompts a step on nodes of two ranks, without a Slurm to ask."""
     monkeypatch.setattr(submission.shutil, "which", lambda name: None)
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
