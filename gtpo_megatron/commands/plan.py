@@ -88,7 +88,9 @@ def plan(
     """Predict a recipe's memory by part and a step's seconds by stage, before anything is started."""
     if published is not None:
         if recipe is not None or calibrate is not None:
-            raise UserError("--published predicts the rows of a file: give no recipe and no run with it")
+            raise UserError(
+                "--published predicts the rows of a file: give no recipe with it, nor --calibrate"
+            )
         _published(published, as_json)
         return
     if recipe is None and calibrate is None:
@@ -133,7 +135,7 @@ def _asked(
 
     measured = calibration and calibration.measured
     reached = calibration.efficiency if calibration else efficiency()
-    gpu = find_gpu(kind) if kind or not measured else measured.facts.gpu
+    gpu = measured.facts.gpu if measured and not kind else find_gpu(kind or default_gpu())
     if recipe is None:  # the run's own, whose model need not be here
         config, shape = load_recipe(measured.run / "config.yaml", settings), measured.facts.shape
         gpus = gpus or measured.ranks

@@ -36,7 +36,8 @@ def runs_in(folder: Path) -> dict[str, tuple[int, str]]:
     found = {}
     for run in (folder / "runs").glob("*"):
         made = run / "submissions" / "1"
-        (nodes,) = [line for line in (made / "train.sbatch").read_text().splitlines() if "--nodes=" in line]
+        text = (made / "train.sbatch").read_text()
+        (nodes,) = [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=")]
         found[run.name] = (load_config(made / "recipe.yaml").rollout.prompts_per_step, nodes)
     return found
 
