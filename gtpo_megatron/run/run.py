@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -256,7 +257,7 @@ class Run:
                 error = caught
         for _ in weights:
             pass  # every rank takes part in the whole export
-        together(lambda: _raise(error))
+        control.raise_together(error)
 
     def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
@@ -389,11 +390,6 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         """End engine, workers and files, say how the run ended, and give its directory free."""
         self._stack.__exit__(*error)
-
-
-def _raise(error: UserError | None) -> None:
-    if error is not None:
-        raise error
 
 
 def longest_sequence(config: RunConfig) -> int:
