@@ -1,6 +1,6 @@
 """A strong and a weak scaling study over 1, 2 and 4 nodes of a virtual cluster: whether the machinery works, not how fast.
 
-    python tests/slurm/virtual.py .venv/bin/python benchmarks/virtual_scaling.py --output OUT
+    python tests/slurm/virtual.py .venv/bin/python tools/virtual_scaling.py --output OUT
 
 All nodes share this machine's cores, one rank each, on gloo; the embedded engine samples from a random model. Jobs take turns
 (singletons). `submit --scaling` queues them, `scaling-report` writes OUT/strong and OUT/weak.
