@@ -80,6 +80,15 @@ def raise_together(error: Exception | None) -> None:
         raise _restored(found) from error
 
 
+def largest(values: Sequence[float]) -> list[float]:
+    """Of each of the values, of which every rank brings as many, the largest that any rank brings."""
+    if dist.get_world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group())
+    return tensor.tolist()
+
+
 def post(word: str) -> None:
     """Say a word that other ranks may look for (`posted`) whenever they like. Not collective; from any thread."""
     if dist.get_world_size() > 1:

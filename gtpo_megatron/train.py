@@ -14,12 +14,12 @@ from gtpo_megatron.config import RunConfig
 from gtpo_megatron.data.suites import DATA
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation.training import evaluate_prompts, figures
-from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.batch import MicroBatch
 from gtpo_megatron.policy.checkpoint.checkpointer import NonFiniteError
 from gtpo_megatron.policy.collective import for_rank_zero
 from gtpo_megatron.policy.exchange.adapter import export_adapter
 from gtpo_megatron.policy.exchange.export import export_hf_checkpoint
+from gtpo_megatron.policy.model import world_rank
 from gtpo_megatron.policy.optimizer import Update, apply_update
 from gtpo_megatron.policy.seen import TokenWatch, seen_of
 from gtpo_megatron.policy.step import (
@@ -31,6 +31,8 @@ from gtpo_megatron.policy.step import (
     with_logprobs,
 )
 from gtpo_megatron.run.batches import Batches
+from gtpo_megatron.run.costs import Costs, Passes, memory_metrics, speed_metrics
+from gtpo_megatron.run.profiling import traced
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.analysis import summarise
@@ -74,15 +76,22 @@ def take_steps(run: Run, batches: Batches) -> None:
         with saved_before_giving_up(run, batches):
             trajectories = batches.next()
             table, micro_batches = dealt(run, trajectories)
-        sampled_for = run.version
-        passed, update = train_on(run, table, micro_batches)
+        sampled_for, first = run.version, run.initial_entropy is None
+        with traced(run.config.training.profile, run.path, run.step + 1, world_rank()):
+            passed, update = train_on(run, table, micro_batches)
+        updates = run.version - sampled_for + (not update.applied)
+        costs = Costs(
+            Passes.of(run.config.algorithm, first=first, updates=updates),
+            memory_metrics(run.policy, run.reference, run.optimizer),
+            batches.sampled(run.step),
+        )
         run.advance()
         with saved_before_giving_up(run, batches):
             try:
                 with run.stage("weights"):
                     run.publish_weights()
             finally:  # a checkpoint never stands ahead of the metrics
-                record(run, trajectories, passed, update, sampled_for)
+                record(run, trajectories, passed, update, sampled_for, costs)
         with saved_before_giving_up(run, batches):
             stop_after_bad_steps(run, update)
             if run.config.alarm.action == "stop":
@@ -175,7 +184,12 @@ def with_reference_logprobs(
 
 
 def record(
-    run: Run, trajectories: Sequence[Trajectory], passed: PassResult, update: Update, version: int
+    run: Run,
+    trajectories: Sequence[Trajectory],
+    passed: PassResult,
+    update: Update,
+    version: int,
+    costs: Costs,
 ) -> None:
     """Write the step's metrics, on rank 0. `version`: of the weights when the batch was taken.
 
@@ -193,10 +207,10 @@ def record(
         metrics["entropy/initial"] = run.initial_entropy
         metrics |= run.mismatch or {}
         metrics["staleness"] = version - min(int(t.token_versions.min()) for t in trajectories)
-    seconds = sum(run.seconds.values())
     metrics |= {f"seconds/{name}": value for name, value in run.seconds.items()}
-    metrics["tokens_per_second"] = sum(len(t.prompt_ids) + t.length for t in trajectories) / seconds
-    metrics["memory/peak_gib"] = platform.peak_memory_gib()
+    lengths = [len(t.prompt_ids) + t.length for t in trajectories]
+    frozen = run.config.model.lora is not None
+    metrics |= speed_metrics(run.facts, costs, run.transferred, lengths, run.seconds, frozen=frozen)
     said, new = run.alarm.step(metrics) if run.config.algorithm.name != "sft" else ({}, [])
     run.metrics.log(run.step, metrics | said)
     run.progress.step(run.step, metrics)

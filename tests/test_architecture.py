@@ -56,6 +56,7 @@ ALLOWED = {
     "run.metrics": BASE,
     "run.progress": BASE,
     "run.directory": BASE,
+    "run.facts": BASE | {"plan"},
     "run": BASE
     | {
         "data",
@@ -66,6 +67,7 @@ ALLOWED = {
         "rollout.sglang",
         "rollout.sglang.audit",
         "run.alarm",
+        "run.facts",
         "run.metrics",
         "run.progress",
         "run.directory",
@@ -76,6 +78,7 @@ ALLOWED = {
     "train": BASE | {"analysis", "data", "evaluation", "policy", "run", "trajectories"},
     "replay.float64": {"errors", "trajectories"},
     "replay": BASE | {"policy", "replay.float64", "run", "run.metrics", "train", "trajectories"},
+    "scaling": BASE | {"plan", "run.facts", "run.metrics"},
     "sweep": BASE | {"run.directory", "run.metrics"},
     "commands": BASE
     | {
@@ -91,6 +94,7 @@ ALLOWED = {
         "run",
         "run.directory",
         "run.serve",
+        "scaling",
         "sweep",
         "train",
     },

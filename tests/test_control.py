@@ -109,6 +109,17 @@ def test_each_rank_gets_its_own(ranks: RankPool, world: int) -> None:
     assert [last for *_, last in found] == [("mine", 0)] + [(None, 0)] * (world - 1)
 
 
+def largest_of() -> list[float]:
+    from gtpo_megatron import control
+
+    return control.largest([rank(), -rank(), 0.1])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_largest_of_all_ranks(ranks: RankPool, world: int) -> None:
+    assert ranks.run(world, largest_of) == [[world - 1, 0, 0.1]] * world
+
+
 def not_moved(verb: str) -> str:
     from gtpo_megatron import control
 

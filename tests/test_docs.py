@@ -127,7 +127,7 @@ def test_recipe_is_listed_and_loads(recipe: Path) -> None:
 def test_metrics_are_documented() -> None:
     """Names that the code spells out, in any place that makes metrics, stand in the table."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    sources = ("train.py", "trajectories/analysis.py", "evaluation/training.py")
+    sources = ("train.py", "run/costs.py", "trajectories/analysis.py", "evaluation/training.py")
     code = "".join((ROOT / "gtpo_megatron" / name).read_text() for name in sources)
     names = set(re.findall(r'"((?:[a-z_]+)/(?:[a-z_0-9@]+))"', code))
     assert len(names) > 25

@@ -1,5 +1,6 @@
 """Whole runs: what they write, that layouts and interruptions change nothing, and how they end."""
 
+import gzip
 import json
 import math
 import os
@@ -12,8 +13,10 @@ import pytest
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config
+from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.run.directory import Owner, read_status
-from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.facts import read_facts
+from gtpo_megatron.run.metrics import is_measured, read_metrics
 from gtpo_megatron.run.verify_resume import compare
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.seen import read_seen
@@ -63,8 +66,14 @@ METRICS = {
     "entropy/p90",
     "logprob_gap/mean",
     "logprob_gap/max",
+    "tokens",
+    "model_flop",
+    "world_size",
     "tokens_per_second",
-    "memory/peak_gib",
+    "speed/tokens_per_second_per_rank",
+    "speed/sampling_tokens_per_second",
+    "speed/weights_gb_per_second",
+    *(f"memory/{part}_gib" for part in ("weights", "gradients", "optimizer", "peak")),
     *(f"seconds/{stage}" for stage in STAGES),
 }
 
@@ -119,7 +128,7 @@ def gtpo(ranks: RankPool, make: Callable[..., RunConfig]) -> RunConfig:
     config = make(
         "gtpo",
         data={"path": str(GSM8K), "format": "gsm8k"},
-        training={"steps": 4},
+        training={"steps": 4, "profile": {"steps": [2]}},
         checkpoint={"export_hf": True},
         logging={"tensorboard": True, "seen": "entropies"},
         evaluation={"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 3, "system_prompt": ""}},
@@ -146,6 +155,16 @@ def test_a_run_writes_what_it_did(gtpo: RunConfig) -> None:
     expected = {"config.yaml", "hf", "tensorboard", "summary.md", "report.png", "logs"}
     assert expected <= {path.name for path in gtpo.path.iterdir()}
     assert (gtpo.path / "hf" / "config.json").is_file()
+
+
+def test_what_a_run_ran_on_is_kept_and_training_is_traced_where_asked(gtpo: RunConfig) -> None:
+    facts = read_facts(gtpo.path)
+    assert (facts.world_size, facts.device, facts.gpu) == (1, "cpu", None)
+    assert facts.shape == read_shape(gtpo.model.path)
+    (trace,) = (gtpo.path / "profile").iterdir()
+    assert trace.name == "step-00000002-rank-0.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {"aten::mm", "autograd::engine::evaluate_function: AddBackward0"} <= names  # both passes
 
 
 def test_an_evaluation_that_could_not_be_made_is_made_by_the_next_process(
@@ -236,7 +255,7 @@ def test_layouts_train_alike(
     expected = [line for line in metrics_of(gtpo) if "loss" in line][:3]
     for line, other in zip(metrics_of(config), expected, strict=True):
         for metric in METRICS:
-            if metric.startswith(("seconds/", "memory/", "logprob_gap/")) or metric == "tokens_per_second":
+            if is_measured(metric) or metric.startswith("logprob_gap/") or metric == "world_size":
                 continue
             assert line[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-5), metric
     for batch, other in zip(stored(config), stored(gtpo), strict=False):

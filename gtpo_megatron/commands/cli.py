@@ -26,6 +26,8 @@ from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
 from gtpo_megatron.commands.plan import plan
 from gtpo_megatron.commands.replay import EPILOG as REPLAY_EPILOG
 from gtpo_megatron.commands.replay import replay
+from gtpo_megatron.commands.scaling import EPILOG as SCALING_EPILOG
+from gtpo_megatron.commands.scaling import scaling_report
 from gtpo_megatron.commands.serve import EPILOG as SERVE_EPILOG
 from gtpo_megatron.commands.serve import serve
 from gtpo_megatron.commands.status import EPILOG as STATUS_EPILOG
@@ -57,6 +59,7 @@ app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=REPLAY_EPILOG)(replay)
+app.command(epilog=SCALING_EPILOG)(scaling_report)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SUBMIT_EPILOG)(submit)

@@ -1,8 +1,9 @@
 """`gtpo-megatron plan`: arguments and printing."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,13 +13,18 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import default_gpu, efficiency, find_gpu, published_shape
 
 if TYPE_CHECKING:
+    from gtpo_megatron.config import RunConfig
     from gtpo_megatron.plan.estimate import Plan
+    from gtpo_megatron.plan.facts import GPU, Efficiency
+    from gtpo_megatron.plan.layout import HFShape
     from gtpo_megatron.plan.search import Candidate
+    from gtpo_megatron.scaling.calibrate import Calibration
 
 EPILOG = (
     "Examples:\n\n"
     "gtpo-megatron plan recipes/large/llama-3.1-70b-math-bf16.yaml --gpus 64\n\n"
     "gtpo-megatron plan RECIPE.yaml --gpus 64 --search\n\n"
+    "gtpo-megatron plan RECIPE.yaml --gpus 256 --calibrate runs/on-64\n\n"
     "gtpo-megatron plan --published FILE.csv"
 )
 SHOWN = 10  # layouts of a search that are printed, and of those that do not fit
@@ -46,7 +52,13 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU (machines.yaml).")] = default_gpu(),
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Kind of GPU (machines.yaml). Default: {default_gpu()}, or --calibrate's.",
+            show_default=False,
+        ),
+    ] = None,
     lengths: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +69,14 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Compare all layouts on --gpus; say why each loses.")
     ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a run whose measured rates replace those of machines.yaml. Without a recipe, its own.",
+            metavar="RUN_DIR",
+            show_default=False,
+        ),
+    ] = None,
     published: Annotated[
         Path | None,
         typer.Option(
@@ -67,69 +87,138 @@ def plan(
 ) -> None:
     """Predict a recipe's memory by part and a step's seconds by stage, before anything is started."""
     if published is not None:
-        if recipe is not None:
-            raise UserError("--published predicts the rows of a file: give no recipe with it")
+        if recipe is not None or calibrate is not None:
+            raise UserError(
+                "--published predicts the rows of a file: give no recipe with it, nor --calibrate"
+            )
         _published(published, as_json)
         return
-    if recipe is None:
+    if recipe is None and calibrate is None:
         raise UserError("give a recipe, e.g. recipes/quickstart.yaml, or --published FILE.csv")
-    _recipe(recipe, settings or [], gpus, gpu, lengths, search, as_json)
+    calibration = None if calibrate is None else _calibration(calibrate)
+    asked = _asked(recipe, settings or [], gpus, gpu, lengths, calibration)
+    if calibration and not as_json:
+        _print_calibration(calibration)
+    if search:
+        _search(asked, as_json)
+    else:
+        _single(asked, calibration, as_json)
 
 
-def _recipe(
-    recipe: Path,
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be planned, and with which rates."""
+
+    config: "RunConfig"
+    shape: "HFShape"
+    gpus: int
+    gpu: "GPU"
+    lengths: list[float]
+    reached: "Efficiency"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.config, self.shape, self.gpus, self.gpu, self.lengths, self.reached
+
+
+def _asked(
+    recipe: Path | None,
     settings: list[str],
     gpus: int | None,
-    kind: str,
+    kind: str | None,
     source: Path | None,
-    searched: bool,
-    as_json: bool,
-) -> None:
+    calibration: "Calibration | None",
+) -> _Asked:
     from gtpo_megatron.config.loading import load_recipe
-    from gtpo_megatron.plan.checks import read_shape
-    from gtpo_megatron.plan.estimate import check_layout, completion_lengths, make_plan
+    from gtpo_megatron.plan.estimate import completion_lengths
     from gtpo_megatron.plan.layout import smallest_world
-    from gtpo_megatron.plan.search import search as search_layouts
-    from gtpo_megatron.plan.search import smallest_that_fits, splits
 
-    gpu = find_gpu(kind)
-    config = load_recipe(recipe, settings)
-    tokens = completion_lengths(config, source)
-    path = config.model.path
-    shape = None if Path(path).is_dir() else published_shape(path)
-    if shape is None:
-        shape = read_shape(path)
+    measured = calibration and calibration.measured
+    reached = calibration.efficiency if calibration else efficiency()
+    gpu = measured.facts.gpu if measured and not kind else find_gpu(kind or default_gpu())
+    if recipe is None:  # the run's own, whose model need not be here
+        config, shape = load_recipe(measured.run / "config.yaml", settings), measured.facts.shape
+        gpus = gpus or measured.ranks
+        source = source or (measured.run if measured.generated is not None else None)
     else:
-        typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
+        config = load_recipe(recipe, settings)
+        shape = _shape(config.model.path)
     gpus = gpus or smallest_world(config.parallel)
     if config.model.fp8.enabled and gpu.fp8 is None:
         raise UserError(f"model.fp8: {config.model.fp8.format}: {gpu.name} has no FP8; set model.fp8=none")
-    console = Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
-    if searched:
-        candidates = search_layouts(config, shape, gpus, gpu, tokens, efficiency())
-        if not candidates:
-            raise UserError(f"--gpus {gpus}: no layout stands on it; take a multiple of 8")
-        shared = splits(config, shape, gpus, gpu, tokens, efficiency())
-        if as_json:
-            typer.echo(json.dumps({"layouts": _dicts(candidates), "splits": _dicts(shared)}))
-        else:
-            _print_search(candidates, console)
-            _print_splits(shared, gpus, console)
-        if not candidates[0].plan.fits:
-            larger = smallest_that_fits(config, shape, gpus, gpu, tokens, efficiency())
-            raise UserError(_nothing_fits(gpus, larger))
-        return
-    check_layout(config, shape, gpus)
-    made = make_plan(config, shape, gpus, gpu, tokens, efficiency())
+    return _Asked(config, shape, gpus, gpu, completion_lengths(config, source), reached)
+
+
+def _shape(path: str) -> "HFShape":
+    from gtpo_megatron.plan.checks import read_shape
+
+    shape = None if Path(path).is_dir() else published_shape(path)
+    if shape is None:
+        return read_shape(path)
+    typer.echo(f"model.path: {path}: a hub name; its published shape is taken (models.yaml)", err=True)
+    return shape
+
+
+def _search(asked: _Asked, as_json: bool) -> None:
+    from gtpo_megatron.plan.search import search, smallest_that_fits, splits
+
+    candidates = search(*asked.arguments)
+    if not candidates:
+        raise UserError(f"--gpus {asked.gpus}: no layout stands on it; take a multiple of 8")
+    shared = splits(*asked.arguments)
     if as_json:
-        typer.echo(json.dumps(made.as_dict()))
+        typer.echo(json.dumps({"layouts": _dicts(candidates), "splits": _dicts(shared)}))
     else:
-        _print_plan(made, console)
+        _print_search(candidates, _console())
+        _print_splits(shared, asked.gpus, _console())
+    if not candidates[0].plan.fits:
+        raise UserError(_nothing_fits(asked.gpus, smallest_that_fits(*asked.arguments)))
+
+
+def _single(asked: _Asked, calibration: "Calibration | None", as_json: bool) -> None:
+    from gtpo_megatron.plan.estimate import check_layout, make_plan
+    from gtpo_megatron.plan.search import search, smallest_that_fits
+
+    check_layout(asked.config, asked.shape, asked.gpus)
+    made = make_plan(*asked.arguments)
+    if calibration:
+        made = replace(made, uncertainty=calibration.uncertainty(made))
+    if as_json:
+        said = {"calibration": calibration.as_dict()} if calibration else {}
+        typer.echo(json.dumps(made.as_dict() | said))
+    else:
+        _print_plan(made, _console())
     if not made.fits:
-        nearest = search_layouts(config, shape, gpus, gpu, tokens, efficiency())[0].plan
+        nearest = search(*asked.arguments)[0].plan
         if not nearest.fits:
-            nearest = smallest_that_fits(config, shape, gpus, gpu, tokens, efficiency())
+            nearest = smallest_that_fits(*asked.arguments)
         raise UserError(_does_not_fit(made, nearest))
+
+
+def _calibration(run: Path, warmup: int = 2) -> "Calibration":
+    from gtpo_megatron.scaling.calibrate import calibrate
+    from gtpo_megatron.scaling.measured import measure
+
+    return calibrate(measure(run, warmup), efficiency())
+
+
+def _print_calibration(made: "Calibration") -> None:
+    m = made.measured
+    table = Table("factor", "machines.yaml", "measured", "from", title=f"calibrated by {m.run}")
+    for change in made.changes:
+        table.add_row(change.name, f"{change.before:.4g}", f"{change.after:.4g}", change.measured)
+    console = _console()
+    console.print(table)
+    for name in made.kept:
+        console.print(f"as before: {name}")
+    console.print(
+        f"{m.steps} steps on {m.ranks} {m.facts.device}; training ± {made.spread:.1%} of this layout on as many GPUs, "
+        "of others as far off as without calibration"
+    )
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
 
 
 def _dicts(candidates: "list[Candidate]") -> list[dict[str, object]]:

@@ -21,6 +21,7 @@ EPILOG = (
     "Examples:\n\n"
     "gtpo-megatron submit RECIPE.yaml --site pyxis --nodes 16 training.steps=500\n\n"
     "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --nodes 2 --dry-run\n\n"
+    "gtpo-megatron submit RECIPE.yaml --site mysite.yaml --scaling 1,2,4 training.steps=10\n\n"
     "gtpo-megatron submit SWEEP.yaml --sweep --site mysite.yaml --nodes 2 --at-once 4"
 )
 
@@ -31,7 +32,7 @@ def submit(
     site: Annotated[
         str, typer.Option(help="Facts of the cluster: a file, or a name in slurm/sites.", show_default=False)
     ] = ...,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.", show_default=False)] = ...,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that train.", show_default=False)] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a node. Default: the site's.", show_default=False)
     ] = None,
@@ -56,6 +57,18 @@ def submit(
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Runs of a sweep at a time. Default: all.", show_default=False)
     ] = None,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --nodes: a run for each of these numbers of nodes, for scaling-report. --servers and "
+            "--servers-job are those of the smallest, and grow as it does.",
+            metavar="NODES,NODES,...",
+            show_default=False,
+        ),
+    ] = None,
+    weak: Annotated[
+        bool, typer.Option("--weak", help="With --scaling: the batch grows with the nodes.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write and check the files; submit nothing.")
     ] = False,
@@ -66,8 +79,11 @@ def submit(
     """
     from gtpo_megatron.cluster import submission
     from gtpo_megatron.cluster.site import load_site
-    from gtpo_megatron.config.loading import load_recipe
 
+    if (nodes is None) == (scaling is None):
+        raise UserError("give --nodes, or --scaling with several numbers of nodes")
+    if scaling and sweep or weak and not scaling:
+        raise UserError("--scaling goes without --sweep, and --weak with --scaling alone")
     facts = load_site(site)
     gpus = facts.gpus_per_node if gpus_per_node is None else gpus_per_node
     in_container = facts.container.kind != "none"
@@ -75,7 +91,7 @@ def submit(
         name=recipe.stem,
         run=Path.cwd(),
         folder=Path.cwd(),
-        nodes=nodes,
+        nodes=nodes or 1,
         ranks_per_node=gpus_per_node or facts.ranks_per_node or gpus,
         gpus_per_node=gpus if facts.gpus_per_node else 0,
         time=time or facts.time,
@@ -97,17 +113,53 @@ def submit(
     if sweep:
         _submit_sweep(recipe, words, shape, facts, at_once, dry_run)
         return
+    if scaling:
+        _submit_scaling(recipe, words, shape, facts, scaling, weak, dry_run)
+        return
+    config = _with_servers(recipe, words, shape)
+    _submit(_write(config, shape, facts), config, shape, dry_run)
+
+
+def _with_servers(recipe: Path, words: list[str], shape: "Job") -> RunConfig:
+    """The recipe, told of the servers that are submitted with it."""
+    from gtpo_megatron.cluster import submission
+    from gtpo_megatron.config.loading import load_recipe
+
     config = load_recipe(recipe, words)
-    if servers or servers_job:
-        job = submission.of_run(shape, config)
-        config = load_recipe(recipe, [*words, *_servers_settings(config, job)])
-    folder = _write(config, shape, facts)
-    typer.echo(f"{nodes} nodes x {shape.ranks_per_node} ranks: {folder / submission.SCRIPT}")
+    if not (shape.servers or shape.servers_jobs):
+        return config
+    return load_recipe(recipe, [*words, *_servers_settings(config, submission.of_run(shape, config))])
+
+
+def _submit(folder: Path, config: RunConfig, shape: "Job", dry_run: bool) -> None:
+    from gtpo_megatron.cluster import submission
+
+    typer.echo(f"{shape.nodes} nodes x {shape.ranks_per_node} ranks: {folder / submission.SCRIPT}")
     if dry_run:
         for line in submission.commands(folder):
             typer.echo(shlex.join(line))
         return
     typer.echo(f"job {', '.join(submission.submit(folder))}; where it is: gtpo-megatron status {config.path}")
+
+
+def _submit_scaling(
+    recipe: Path, words: list[str], shape: "Job", site: "Site", sizes: str, weak: bool, dry_run: bool
+) -> None:
+    """A job for each number of nodes, all checked before the first is queued."""
+    from gtpo_megatron.config.loading import load_recipe
+    from gtpo_megatron.scaling.study import grown, node_counts, settings
+
+    config, counts = load_recipe(recipe, words), node_counts(sizes)
+    written = []
+    for nodes in counts:
+        servers, jobs = (grown(count, nodes, counts[0]) for count in (shape.servers, shape.servers_jobs))
+        job = replace(shape, nodes=nodes, servers=servers, servers_jobs=jobs)
+        own = settings(config, nodes, counts[0], "weak" if weak else "strong")
+        sized = _with_servers(recipe, [*words, *own], job)
+        written.append((_write(sized, job, site), sized, job))
+    for folder, sized, job in written:
+        _submit(folder, sized, job, dry_run)
+    typer.echo(f"then: gtpo-megatron scaling-report {' '.join(str(sized.path) for _, sized, _ in written)}")
 
 
 def _write(config: RunConfig, shape: "Job", site: "Site") -> Path:

@@ -14,7 +14,7 @@ from gtpo_megatron.config.rollout import DynamicSampling, RolloutConfig
 from gtpo_megatron.config.run import RunConfig
 from gtpo_megatron.config.section import Section
 from gtpo_megatron.config.sglang import SGLangConfig
-from gtpo_megatron.config.training import TrainingConfig
+from gtpo_megatron.config.training import ProfileConfig, TrainingConfig
 
 __all__ = [
     "AlarmConfig",
@@ -33,6 +33,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RewardConfig",
     "RewardTerm",
     "RolloutConfig",

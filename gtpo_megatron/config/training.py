@@ -7,6 +7,16 @@ from pydantic import Field
 from gtpo_megatron.config.section import Section
 
 
+class ProfileConfig(Section):
+    """Traces of training by torch.profiler."""
+
+    steps: tuple[int, ...] = Field(
+        (),
+        description="steps of which training is traced, counted as in the metrics; none: nothing is traced",
+    )
+    ranks: tuple[int, ...] = Field((0,), description="ranks that are traced")
+
+
 class TrainingConfig(Section):
     """The loop."""
 
@@ -37,3 +47,4 @@ class TrainingConfig(Section):
     overlap_grad_reduce: bool = Field(
         False, description="reduce gradients over data-parallel ranks during the backward pass"
     )
+    profile: ProfileConfig = ProfileConfig()

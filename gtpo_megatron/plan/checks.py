@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from gtpo_megatron.config import ParallelConfig, RewardTerm, RunConfig
+from gtpo_megatron.config import ParallelConfig, RewardTerm, RunConfig, TrainingConfig
 from gtpo_megatron.data.rows import resolve_source
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine.probe import Machine, this_machine
@@ -41,7 +41,7 @@ def check_run(
     problems = [*settings_problems(config), *server_problems(config, machine)]
     problems += _raised(lambda: resolve_source(config.data))
     problems += evaluation_problems(config)
-    problems += reward_problems(config)
+    problems += [*reward_problems(config), *profile_problems(config.training, world_size)]
     shape = None
     try:
         shape = read_shape(config.model.path)
@@ -123,6 +123,21 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
             "the learning rate would never be reached"
         )
     yield from fp8_settings_problems(config)
+
+
+def profile_problems(training: TrainingConfig, world_size: int) -> Iterator[str]:
+    """Steps and ranks to be traced that there will not be."""
+    profile = training.profile
+    if wrong := [step for step in profile.steps if not 1 <= step <= training.steps]:
+        yield (
+            f"training.profile.steps: {wrong[0]} is no step of this run; they are 1 to training.steps: {training.steps}"
+        )
+    if not profile.steps and profile.ranks != type(profile)().ranks:
+        yield f"training.profile.ranks: {list(profile.ranks)} has no effect without training.profile.steps"
+    elif wrong := [rank for rank in profile.ranks if not 0 <= rank < world_size]:
+        yield f"training.profile.ranks: {wrong[0]} is no rank of this run; they are 0 to {world_size - 1}"
+    elif not profile.ranks:
+        yield "training.profile.ranks: empty, so that no rank is traced; name one, e.g. [0]"
 
 
 def layout_problems(parallel: ParallelConfig, shape: HFShape, world_size: int) -> Iterator[str]:

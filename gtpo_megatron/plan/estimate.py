@@ -10,6 +10,7 @@ from gtpo_megatron.config import ParallelConfig, RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import batch_problems, layout_problems
 from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
+from gtpo_megatron.plan.flop import model_flop, scoring_passes
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
 from gtpo_megatron.plan.memory import RankMemory, smallest_server, training_memory
 from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
@@ -18,7 +19,6 @@ from gtpo_megatron.plan.time import (
     Layout,
     StepTime,
     Work,
-    model_flop,
     step_time,
     transfer_seconds,
 )
@@ -301,8 +301,7 @@ def _step(
         parallel.expert,
     )
     training = step_time(model, gpu, layout, work, reached)
-    passes = int(algorithm.updates_per_batch > 1 and algorithm.old_logprobs == "trainer")
-    passes += int(algorithm.kl_beta > 0)
+    passes = scoring_passes(algorithm)
     scored = replace(work, recompute="none", forward_only=True)
     scoring = passes * step_time(model, gpu, layout, scored, reached).total if passes else 0.0
     sampled = sampling is not None
@@ -312,7 +311,7 @@ def _step(
     step = max(own, sampling or 0.0) if overlapped else own + (sampling or 0.0)
     overhead = reached.step_overhead_s if sampled else 0.0
     tokens = work.row * work.rows * work.micro_batches * layout.data
-    share = tokens * model_flop(model, work.row) / gpus / training.total / gpu.bf16
+    share = tokens * model_flop(model, work.row, work.kind) / gpus / training.total / gpu.bf16
     written = model.parameters * (14 if config.model.dtype == "bf16" else 12)
     checkpoint = written / ceil(gpus / gpu.node) / (reached.checkpoint_node_gb_s * 1e9)
     return StepPlan(training, scoring, sampling, transfer, checkpoint, step + overhead, tokens, share)

@@ -224,6 +224,12 @@ def find_gpu(name: str) -> GPU:
     return _find(name, _gpus(), "GPU")
 
 
+def gpu_of_device(device: str) -> GPU | None:
+    """The GPU that the driver calls so; None where machines.yaml has none of exactly that name."""
+    rows = _read("machines.yaml")["gpus"]
+    return next((find_gpu(name) for name, row in rows.items() if device in row["devices"]), None)
+
+
 def find_model(name: str) -> Model:
     """A model by its hub name, or the spelling of a published table. Raises UserError with the nearest name."""
     return _find(name.rpartition("/")[2], _models(), "model")

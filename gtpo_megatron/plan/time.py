@@ -1,7 +1,6 @@
 """Seconds of a training step: operations over reached rates, the pipeline's bubble, communication that is not hidden.
 
-Operations are counted as Megatron-Bridge counts model FLOP: 6 a parameter and token (embedding left out), causal attention
-halved; what is computed again for recomputation comes on top. Nothing is simulated: a stage's seconds for one micro-batch,
+Operations are model FLOP (`flop`); what is computed again for recomputation comes on top. Nothing is simulated: a stage's seconds for one micro-batch,
 times micro-batches, times 1 + (stages - 1) / (chunks x micro-batches), the bubble of Narayanan et al. 2021 (arXiv:2104.04473, 2.2).
 """
 
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gtpo_megatron.plan.facts import GPU, Efficiency, Model
+from gtpo_megatron.plan.flop import SHARES, Pass, attention_flop
 
 Precision = Literal["bf16", "fp8"]
 Recompute = Literal["none", "selective", "matmuls", "full"]
@@ -57,6 +57,11 @@ class Work:
     forward_only: bool = False
     frozen: bool = False  # weights are not trained (LoRA): no gradients of theirs, and no Adam; adapters count as nothing
 
+    @property
+    def kind(self) -> Pass:
+        """What a pass computes."""
+        return "forward" if self.forward_only else "frozen" if self.frozen else "training"
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -84,16 +89,6 @@ class StepTime:
         return max(vars(self), key=lambda name: getattr(self, name))
 
 
-def model_flop(model: Model, context: float) -> float:
-    """Model FLOP for a token of training in sequences of that length: forward and backward."""
-    weights = model.dense_parameters + model.active_expert_parameters + model.head_parameters
-    return 6 * weights + _attention_flop(model, context)
-
-
-def _attention_flop(model: Model, context: float) -> float:
-    return 6 * model.layers * (model.query_width + model.value_width) * model.visible(context)
-
-
 def step_time(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency) -> StepTime:
     """Seconds of a step: forward and backward of all micro-batches, gradients, Adam."""
     stage = _stage(model, gpu, layout, work, reached)
@@ -119,7 +114,7 @@ def _stage(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficien
     bf16 = fast * reached.bf16_matmul
     rate = gpu.fp8 * gpu.power * reached.fp8_matmul if work.precision == "fp8" and gpu.fp8 else bf16
     products, scores = (again / 3 for again in AGAIN[work.recompute])
-    whole = 1 / 3 if work.forward_only else 2 / 3 if work.frozen else 1
+    whole, attended = SHARES[work.kind]
     part = 1 / 3 if work.forward_only else 1  # of communication and traffic
     if work.forward_only:
         products = scores = 0.0
@@ -130,10 +125,10 @@ def _stage(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficien
     routed = model.expert_layers * model.experts_per_token * model.hidden
     return StepTime(
         matmul=6 * weights * share / rate * (whole + products) + head,
-        attention=_attention_flop(model, work.row)
+        attention=attention_flop(model, work.row)
         * share
         / (fast * (reached.torch_attention if work.torch_attention else reached.attention))
-        * ((1 / 3 if work.forward_only else 1) + scores),
+        * (attended + scores),
         memory=traffic * share * (part + products) / (gpu.bandwidth * reached.memory),
         routing=routed * share * reached.routed_element_ps * 1e-12 * (part + products),
         tensor=_tensor(model, gpu, layout, tokens, reached) * (part + products),

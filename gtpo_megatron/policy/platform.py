@@ -41,6 +41,11 @@ def backend() -> str:
     return "nccl" if HAS_CUDA else "gloo"
 
 
+def device_name() -> str:
+    """What the driver calls this rank's GPU; "cpu" without one."""
+    return torch.cuda.get_device_name() if HAS_CUDA else "cpu"
+
+
 def synchronize() -> None:
     """Wait for the device, so that host clocks tell the truth."""
     if HAS_CUDA:

@@ -6,6 +6,7 @@ from a checkpoint uses the batches that are stored already, and no prompt is los
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from gtpo_megatron.rollout.collect import (
     solutions,
     without_signal,
 )
+from gtpo_megatron.run.costs import Flow
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.record import Trajectory
@@ -43,6 +45,7 @@ class Batches:
         # prompts taken for each batch that is not stored yet, by index, in the order in which they were taken
         self._taken: dict[int, list[int]] = {}
         self._behind = -1  # the last batch that the sampler is known to stand behind
+        self._sampled: dict[int, Flow] = {}  # generated tokens of this rank's engine, by step
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def __enter__(self) -> Self:
@@ -84,6 +87,10 @@ class Batches:
                 self._finish(step)
         except Interrupted as cut:
             log.info("%s", cut)
+
+    def sampled(self, step: int) -> Flow | None:
+        """Generated tokens of the step's batch that this rank's engine sampled and had scored; None if it was read back."""
+        return self._sampled.pop(step, None)
 
     @property
     def sampler_state(self) -> dict[str, Any]:
@@ -127,7 +134,10 @@ class Batches:
             return []
         own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
         with run.engine_lock:  # one batch at a time
+            started = time.perf_counter()
             share = sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
+        tokens = sum(t.length for t in share)
+        self._sampled.setdefault(step, Flow()).add(tokens, time.perf_counter() - started)
         whole = len(own) if keep is None else min(keep, len(own))
         if run.signals.asked and len({t.group for t in share}) < whole:
             raise Interrupted(f"step {step + 1}: sampling was cut short")

@@ -15,6 +15,7 @@ from gtpo_megatron.errors import UserError
 Metric = float | int | bool | str | None
 METRICS = "metrics.jsonl"
 DISCARDED = "discarded.jsonl"  # lines of steps that were lost and made again
+_CLOCK = ("time", "tokens_per_second")
 log = logging.getLogger(__name__)
 
 
@@ -116,6 +117,11 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+
+
+def is_measured(name: str) -> bool:
+    """Whether a metric is of clocks and memory, which no two runs share, however alike they train."""
+    return name in _CLOCK or name.startswith(("seconds/", "speed/", "memory/"))
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Metric]]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
+import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -34,7 +36,9 @@ from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solution
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.alarm import AlarmWatch
+from gtpo_megatron.run.costs import Flow, send
 from gtpo_megatron.run.directory import Owner
+from gtpo_megatron.run.facts import RunFacts
 from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
@@ -149,7 +153,9 @@ class Run:
     def _open_record(self) -> None:
         self.metrics: MetricsWriter | None = None
         self.alarm: AlarmWatch | None = None  # on rank 0
+        self.facts = RunFacts.of(self.config, dist.get_world_size(), platform.device_name())
         if self.main:
+            self.facts.write(self.path)
             self.metrics = self._stack.enter_context(MetricsWriter(self.path, self.config.logging))
             self.metrics.truncate_after(self.step if self.step else -1)
             self.alarm = AlarmWatch(self.config.alarm, read_metrics(self.metrics.path))
@@ -183,6 +189,7 @@ class Run:
         config = self.config
         self.engine: RolloutEngine | None = None
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
+        self.transferred: Flow | None = None  # bytes of weights, at the newest transfer from this rank
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or bool(self.evaluated_on)
@@ -225,7 +232,7 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
+        self._with_exported_weights(self._send)
         if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
             return
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
@@ -233,6 +240,10 @@ class Run:
             if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
                 self._compare_checksums()
             self._certify()
+
+    def _send(self, weights: Iterator[NamedTensor]) -> None:
+        self.transferred = None
+        self.transferred = send(self.engine, weights, self.version)
 
     def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
         """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
@@ -246,7 +257,7 @@ class Run:
                 error = caught
         for _ in weights:
             pass  # every rank takes part in the whole export
-        together(lambda: _raise(error))
+        control.raise_together(error)
 
     def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
@@ -379,11 +390,6 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         """End engine, workers and files, say how the run ended, and give its directory free."""
         self._stack.__exit__(*error)
-
-
-def _raise(error: UserError | None) -> None:
-    if error is not None:
-        raise error
 
 
 def longest_sequence(config: RunConfig) -> int:

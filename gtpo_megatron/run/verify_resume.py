@@ -16,10 +16,9 @@ from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.processes import kill_group
-from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.metrics import is_measured, read_metrics
 
 POLL_S = 0.01
-_TIMES = ("time", "tokens_per_second")  # differ from run to run, as do seconds/* and memory/*
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def short_copy(config: RunConfig, directory: Path, name: str, steps: int, **chec
     """Write the recipe of a short, quiet copy of a run in `directory`, which saves at every step."""
     values = config.model_dump(mode="json")
     values |= {"name": name, "dir": str(directory)}
-    values["training"]["steps"] = steps
+    values["training"] |= {"steps": steps, "profile": {}}
     values["checkpoint"] |= {"every": 1, "export_hf": False} | checkpoint
     values["logging"] = {"tensorboard": False, "wandb": False, "progress": "plain"}
     values["evaluation"] = {}
@@ -208,7 +207,7 @@ def compare(
         differences.append(Difference(start, "number of lines", len(lines[0]), len(lines[1])))
     for a, b in zip(*lines, strict=False):
         for key in sorted(a.keys() | b.keys()):
-            if key in _TIMES or key.startswith(("seconds/", "memory/")):
+            if is_measured(key):
                 continue
             compared += 1
             if a.get(key, "absent") != b.get(key, "absent"):

@@ -659,3 +659,23 @@ def test_read_shape_of_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model\.path: nobody/nothing"):
         read_shape("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ({"steps": [3]}, "training.profile.steps: 3 is no step of this run; they are 1 to training.steps: 2"),
+        ({"steps": [0]}, "training.profile.steps: 0 is no step"),
+        (
+            {"steps": [1], "ranks": [0, 4]},
+            "training.profile.ranks: 4 is no rank of this run; they are 0 to 3",
+        ),
+        ({"steps": [1], "ranks": []}, "training.profile.ranks: empty"),
+        ({"ranks": [1]}, "training.profile.ranks: [1] has no effect without training.profile.steps"),
+    ],
+)
+def test_steps_and_ranks_to_trace_that_there_are_not(
+    profile: dict[str, Any], said: str, build: Callable[..., RunConfig]
+) -> None:
+    assert said in problem(build(training={"profile": profile}), 4)
+    check_run(build(training={"profile": {"steps": [1, 2], "ranks": [0, 3]}}), 4, CPU)

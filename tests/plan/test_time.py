@@ -7,8 +7,9 @@ import pytest
 
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.facts import efficiency, find_gpu, find_model, gpu_names
+from gtpo_megatron.plan.flop import model_flop
 from gtpo_megatron.plan.sampling import Server, decode_seconds, sampling_seconds, served_tokens_per_second
-from gtpo_megatron.plan.time import Layout, Work, model_flop, step_time, transfer_seconds
+from gtpo_megatron.plan.time import Layout, Work, step_time, transfer_seconds
 from tests.plan.test_published import rows
 
 H100, REACHED = find_gpu("h100-sxm"), efficiency()

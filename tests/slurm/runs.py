@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gtpo_megatron.run.metrics import read_metrics
+from gtpo_megatron.run.metrics import is_measured, read_metrics
 
 TRAIN = (sys.executable, "-m", "gtpo_megatron")
 
@@ -25,9 +25,8 @@ def steps(run: Path) -> list[int]:
 
 def figures(run: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock says."""
-    measured = ("time", "tokens_per_second", "memory/peak_gib")
     return [
-        {name: value for name, value in row.items() if name not in measured and "seconds/" not in name}
+        {name: value for name, value in row.items() if not is_measured(name)}
         for row in read_metrics(run / "metrics.jsonl")
     ]
 

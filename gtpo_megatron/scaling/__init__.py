@@ -1,0 +1,1 @@
+"""Scaling studies: one recipe over several numbers of nodes, what it came to, and the planner held against it."""
