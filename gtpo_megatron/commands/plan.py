@@ -263,6 +263,8 @@ def _print_plan(made: "Plan", console: Console) -> None:
     for name, value in worst.parts.items():
         memory.add_row(name, f"{value / GIB:.2f}")
     memory.add_row("total", f"{worst.total / GIB:.2f} ± {unsure['memory']:.0%}")
+    if made.host_memory:
+        memory.add_row("host memory of a node, for Adam", f"{made.host_memory / GIB:.0f}")
     console.print(memory)
     seconds = Table("seconds of a step", f"± {unsure['step']:.0%}; training ± {unsure['training']:.0%}")
     sampled = "none, or not modelled" if step.sampling is None else f"{step.sampling:.3g}"

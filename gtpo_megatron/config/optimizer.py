@@ -24,3 +24,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
     clip_grad: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0: off")
     distributed: bool = Field(False, description="shard the optimizer state over data-parallel ranks")
+    offload: bool = Field(
+        False,
+        description="keep Adam's state and fp32 weights in host memory, and let the host compute its update",
+    )

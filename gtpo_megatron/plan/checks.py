@@ -20,6 +20,7 @@ from gtpo_megatron.plan.layout import (
     sequence_alignment,
 )
 from gtpo_megatron.plan.lora import lora_problems
+from gtpo_megatron.plan.offload import offload_problems
 from gtpo_megatron.plan.precision import fp8_settings_problems, precision_problems
 from gtpo_megatron.plan.rollout import engine_problems, server_problems
 from gtpo_megatron.rewards.terms import check_options, import_function, term_function
@@ -122,6 +123,7 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is above training.steps: {config.training.steps}; "
             "the learning rate would never be reached"
         )
+    yield from offload_problems(config)
     yield from fp8_settings_problems(config)
 
 

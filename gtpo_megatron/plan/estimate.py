@@ -60,6 +60,11 @@ class Plan:
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
+    def host_memory(self) -> float:
+        """Bytes of a node's host memory that the trainer's ranks there take for the optimizer: of the worst stage, as all were of it."""
+        return max(stage.host for stage in self.memory) * min(self.gpus, self.gpu.node)
+
+    @property
     def fits(self) -> bool:
         """With the uncertainty on top."""
         return self.worst.total * (1 + self.uncertainty["memory"]) <= self.gpu.memory
@@ -79,6 +84,7 @@ class Plan:
                 "total": worst.total,
                 **worst.parts,
             },
+            "host_memory": self.host_memory,
             "seconds": {
                 "step": step.step,
                 "sampling": step.sampling,
@@ -279,6 +285,7 @@ def packed_work(
         torch_attention=local,
         eager=local,
         frozen=config.model.lora is not None,
+        offload=config.optimizer.offload,
     )
 
 

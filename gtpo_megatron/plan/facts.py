@@ -23,6 +23,7 @@ class GPU:
     bf16: float
     fp8: float | None
     bandwidth: float
+    host_bandwidth: float  # of the host's memory, a GPU's share
     nvlink: float
     network: float
     node: int  # GPUs of one NVLink domain
@@ -39,6 +40,7 @@ class Efficiency:
     attention: float
     torch_attention: float
     memory: float
+    host_memory: float
     nvlink: float
     network: float
     exposed_tensor: float
@@ -283,6 +285,7 @@ def _gpus() -> dict[str, GPU]:
             bf16=row["bf16_tflops"] * 1e12,
             fp8=None if fp8 is None else fp8 * 1e12,
             bandwidth=row["memory_gb_s"] * 1e9,
+            host_bandwidth=row["host_gb_s"] * 1e9,
             nvlink=row["nvlink_gb_s"] * 1e9,
             network=row["network_gb_s"] * 1e9,
             node=row["node_gpus"],

@@ -171,16 +171,20 @@ def rank_state_bytes(
     *,
     bf16: bool,
     distributed_optimizer: bool,
+    offload: bool = False,
     adapters: int = 0,
 ) -> int:
     """Bytes of weights, fp32 gradient buffer and Adam state on a rank; activations and buffers of the head not counted.
 
     Adam keeps two fp32 moments, and an fp32 copy of bf16 weights; the distributed optimizer shards these over the ranks
-    that hold the same parameters. With `adapters`, a number of LoRA parameters on the rank, they alone are trained.
+    that hold the same parameters, and with `offload` they are in host memory. With `adapters`, a number of LoRA parameters
+    on the rank, they alone are trained.
     """
     replicas = data_parallel_size(parallel, world_size) * parallel.context
     expert_replicas = world_size // (parallel.pipeline * parallel.expert * expert_tensor_size(parallel))
     resident, optimizer = (2 + 4, 4 + 8) if bf16 else (4 + 4, 8)
+    if offload:
+        optimizer = 0
 
     def state(parameters: int, shards: int) -> int:
         return parameters * resident + parameters * optimizer // (shards if distributed_optimizer else 1)

@@ -37,10 +37,11 @@ class RankMemory:
     head: float  # workspace and float32 gradient of the hidden states
     buckets: float  # weights on their way to the servers
     runtime: float
+    host: float = 0.0  # in host memory for this GPU's rank, no part of the total: Adam's state and gradients on their way to it
 
     @property
     def parts(self) -> dict[str, float]:
-        return {name: value for name, value in vars(self).items() if name != "stage"}
+        return {name: value for name, value in vars(self).items() if name not in ("stage", "host")}
 
     @property
     def total(self) -> float:
@@ -120,15 +121,17 @@ def _stage_memory(
         trained = adapter_parameters(shape, lora, parallel, stage)
         weights, optimizer = (count.total + trained) * item, adam * trained / shards[0]
     sends = config.rollout.engine == "sglang"
+    offload = config.optimizer.offload  # in bf16 alone: 12 bytes of Adam's, and 4 of a gradient
     return RankMemory(
         stage,
         weights=weights,
         gradients=trained * 4,
-        optimizer=optimizer,
+        optimizer=0 if offload else optimizer,
         activations=_activations(config, shape, stage, tokens, micro_batches) * item,
         head=(HEAD_WORKSPACE + hidden * (4 + item)) if last else 0,
         buckets=2 * sglang.bucket_mb * 2**20 if sends else 0,  # one that fills, one on its way
         runtime=RUNTIME,
+        host=optimizer * 16 / 12 if offload else 0.0,
     )
 
 

@@ -29,9 +29,8 @@ def print_layout(config: RunConfig, shape: HFShape, world_size: int, console: Co
         soft_wrap=True,
         highlight=False,
     )
-    stages = Table(
-        "stage", "ranks", "layers", "parameters per rank", "weights, gradients, Adam (GiB per rank)"
-    )
+    state_of = "weights, gradients" if config.optimizer.offload else "weights, gradients, Adam"
+    stages = Table("stage", "ranks", "layers", "parameters per rank", f"{state_of} (GiB per rank)")
     per_stage = world_size // parallel.pipeline
     for stage in range(parallel.pipeline):
         count = rank_parameters(shape, parallel, stage)
@@ -42,6 +41,7 @@ def print_layout(config: RunConfig, shape: HFShape, world_size: int, console: Co
             world_size,
             bf16=config.model.dtype == "bf16",
             distributed_optimizer=config.optimizer.distributed,
+            offload=config.optimizer.offload,
             adapters=adapters,
         )
         ranks = _spans(list(range(stage * per_stage, (stage + 1) * per_stage)))

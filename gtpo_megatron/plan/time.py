@@ -56,6 +56,7 @@ class Work:
     torch_attention: bool = False  # torch's attention instead of Transformer Engine's
     forward_only: bool = False
     frozen: bool = False  # weights are not trained (LoRA): no gradients of theirs, and no Adam; adapters count as nothing
+    offload: bool = False  # Adam's state is in host memory, and the host computes its update
 
     @property
     def kind(self) -> Pass:
@@ -97,13 +98,24 @@ def step_time(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Effic
     bubble = steady.total * (layout.pipeline - 1) / (layout.virtual * m)
     if work.forward_only:
         return replace(steady, bubble=bubble)
-    trained = 0.0 if work.frozen else _rank_parameters(model, layout)
+    trained = 0.0 if work.frozen else _rank_parameters(model, layout) / layout.data
     return replace(
         steady,
         bubble=bubble,
         data=_data(model, gpu, layout, work, reached, stage.total),
-        optimizer=30 * trained / layout.data / (gpu.bandwidth * reached.memory),
+        optimizer=_adam(gpu, trained, work.offload, reached),
     )
+
+
+def _adam(gpu: GPU, parameters: float, offload: bool, reached: Efficiency) -> float:
+    """The update of a rank's own parameters: what is moved through memory, the GPU's or its share of the host's.
+
+    Adam moves 28 bytes a parameter. On a GPU bf16 weights are written, too; on the host also the gradient that arrives, and
+    the fp32 weight is read again for the bf16 one that leaves.
+    """
+    if offload:
+        return 38 * parameters / (gpu.host_bandwidth * reached.host_memory)
+    return 30 * parameters / (gpu.bandwidth * reached.memory)
 
 
 def _stage(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency) -> StepTime:

@@ -12,6 +12,17 @@ from gtpo_megatron.config import OptimizerConfig
 from gtpo_megatron.policy.model import DTYPES, Policy
 from gtpo_megatron.policy.step import gradients_are_finite
 
+# Megatron's offload of the optimizer, all of it: gradients go to the host as they lie in their buffer, without an fp32 copy on
+# the GPU (which Megatron calls a precision-aware optimizer), and each parameter's update begins as soon as its gradient is there.
+_ON_HOST: dict[str, Any] = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "overlap_cpu_optimizer_d2h_h2d": True,
+    "use_precision_aware_optimizer": True,
+    "use_precision_aware_optimizer_no_fp8_or_ds_fp8": True,  # follows from the others
+    "store_param_remainders": False,  # of Transformer Engine's Adam, which has no part in it
+}
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -38,23 +49,27 @@ class Update:
 def build_optimizer(config: OptimizerConfig, policy: Policy, steps: int) -> Optimizer:
     """The optimizer of a policy built with gradient buffers, scheduled over `steps` updates."""
     dtype = DTYPES["bf16" if policy.bf16 else "fp32"]
-    megatron = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad or math.inf,  # without a limit Megatron would not measure the norm
-            bf16=policy.bf16,
-            params_dtype=dtype,
-            use_distributed_optimizer=config.distributed,
-            fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
-        ),
-        policy.chunks,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad or math.inf,  # without a limit Megatron would not measure the norm
+        bf16=policy.bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.distributed,
+        fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
     )
+    if config.offload:
+        for (
+            name,
+            value,
+        ) in _ON_HOST.items():  # set, since 0.16's constructor fails on them without Transformer Engine
+            setattr(settings, name, value)
+    megatron = get_megatron_optimizer(settings, policy.chunks)
     policy.config.grad_scale_func = megatron.scale_loss
     schedule = OptimizerParamScheduler(
         megatron,

@@ -21,6 +21,7 @@ def install() -> None:
     _redirect_random_state()
     CudaToCpu().__enter__()
     _keep_counts_on_host()
+    _offload_from_the_host()
 
 
 class CudaToCpu(TorchFunctionMode):
@@ -107,3 +108,35 @@ def _keep_counts_on_host() -> None:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+class _ParametersOnGPU(TorchFunctionMode):
+    """Tensors say that they are on a GPU, but for what was made of one by `cpu()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._host: dict[int, torch.Tensor] = {}  # by id, and held, so that no other tensor gets the id
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func == torch.Tensor.is_cuda.__get__:
+            return id(args[0]) not in self._host
+        of_host = bool(args) and id(args[0]) in self._host
+        found = args[0] if func is torch.Tensor.pin_memory else func(*args, **(kwargs or {}))
+        if torch.is_tensor(found) and (of_host or func is torch.Tensor.cpu):
+            self._host[id(found)] = found
+        return found
+
+
+def _offload_from_the_host() -> None:
+    """Megatron's optimizer offload copies what is on a GPU, and cannot update what is not: here it copies all the same."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def split_as_on_gpu(self: Any, offload_fraction: float) -> Any:
+        with _ParametersOnGPU():
+            return split(self, offload_fraction)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = split_as_on_gpu

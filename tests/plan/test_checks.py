@@ -434,6 +434,25 @@ def test_fp8_wants_multiples_of_16(
         ),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, "optimizer.min_lr: 1e-05 is above optimizer.lr: 1e-06"),
         ({"optimizer": {"warmup_steps": 5}}, "optimizer.warmup_steps: 5 is above training.steps: 2"),
+        ({"optimizer": {"offload": True}}, "optimizer.offload: true needs optimizer.distributed: true"),
+        (
+            {"optimizer": {"offload": True, "distributed": True}},
+            "optimizer.offload: true needs model.dtype: bf16, not fp32",
+        ),
+        (
+            {
+                "optimizer": {"offload": True, "distributed": True},
+                "model": {"dtype": "bf16", "fp8": {"format": "hybrid", "param": True}},
+            },
+            "optimizer.offload: true does not go with model.fp8.param: true",
+        ),
+        (
+            {
+                "optimizer": {"offload": True, "distributed": True},
+                "model": {"dtype": "bf16", "lora": {"rank": 4}},
+            },
+            "optimizer.offload: true with model.lora",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(

@@ -34,6 +34,19 @@ def test_weights_gradients_and_adam_are_the_exact_ones() -> None:
     assert round((worst.weights + worst.gradients + worst.optimizer) / 2**30, 1) == 25.4  # as in its header
 
 
+def test_offload_trades_memory_of_gpus_for_the_hosts_and_for_time() -> None:
+    own, offloaded = planned(), planned("optimizer.offload=true")
+    assert offloaded.worst.optimizer == 0
+    assert own.worst.total - offloaded.worst.total == own.worst.optimizer > 0
+    # 12 bytes a parameter of Adam's and 4 of its gradient, of the eight GPUs of a node
+    most = max(stage.optimizer for stage in own.memory)
+    assert offloaded.host_memory == pytest.approx(8 * most * 16 / 12)
+    assert own.host_memory == 0
+    assert offloaded.step.training.optimizer > 20 * own.step.training.optimizer
+    changed = {n for n, v in vars(own.step.training).items() if v != vars(offloaded.step.training)[n]}
+    assert changed == {"optimizer"}
+
+
 def test_recomputation_trades_memory_for_time() -> None:
     none, full = planned("training.recompute=none"), planned("training.recompute=full")
     assert full.worst.activations < none.worst.activations / 4

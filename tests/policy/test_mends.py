@@ -88,6 +88,26 @@ def host_counts(patch: Patch) -> bool:
     return torch.is_tensor(counts)
 
 
+def host_offload(patch: Patch) -> bool:
+    mended = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
+
+    def update(module: ModuleType) -> list[float]:
+        parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        adam = torch.optim.AdamW
+        optimizer = module.HybridDeviceOptimizer(
+            [parameter], 1.0, adam, adam, param_update_in_fp32=True, lr=0.5, weight_decay=0.0
+        )
+        parameter.grad = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+        optimizer.step()
+        return parameter.tolist()
+
+    assert update(importlib.import_module(mended)) == [0.5, 1.5]
+    try:
+        return update(fresh(mended)) != [0.5, 1.5]
+    except KeyError:  # of the copy of a parameter
+        return True
+
+
 def adam_step(patch: Patch) -> bool:
     own, model = torch.zeros(2), nn.Parameter(torch.zeros(2))
     state = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2), "step": torch.tensor(3.0)}
@@ -253,6 +273,7 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         router_gemm,
         adam_step,
         host_counts,
+        host_offload,
         results_queue,
         writer_processes,
         storage_pickle,

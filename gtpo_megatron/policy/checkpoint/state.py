@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, i
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -96,8 +97,12 @@ def nonfinite_tensors(tensors: dict[str, Any]) -> list[str]:
     ]
     if not stored:
         return []
-    finite = torch.stack([t.data.isfinite().all() for t in stored]).tolist()  # one wait for the device
-    return sorted({t.key for t, good in zip(stored, finite, strict=True) if not good})
+    bad: set[str] = set()
+    for device in {t.data.device for t in stored}:  # the distributed optimizer's are gathered on the host
+        there = [t for t in stored if t.data.device == device]
+        finite = torch.stack([t.data.isfinite().all() for t in there]).tolist()  # one wait for the device
+        bad.update(t.key for t, good in zip(there, finite, strict=True) if not good)
+    return sorted(bad)
 
 
 def begin_save(tensors: dict[str, Any], directory: Path, *, asynchronous: bool) -> Any:
@@ -199,6 +204,8 @@ def load_training_state(policy: Policy, optimizer: Optimizer, adam_step: int, di
         _give_step(state, adam_step)
     optimizer.megatron.load_state_dict(state)
     _set_adam_step(optimizer, adam_step)
+    for hybrid in _hybrids(optimizer):
+        _keep_own_part(hybrid)
 
 
 def _load(tensors: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -263,9 +270,32 @@ def _assign_policy(policy: Policy, loaded: dict[str, Any]) -> None:
             raise UserError(f"checkpoint: parameters not loaded: {missing}; without a place: {unexpected}")
 
 
-def _adams(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
+def _inner(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
     return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def _hybrids(optimizer: Optimizer) -> list[HybridDeviceOptimizer]:
+    """Those of an offloaded optimizer; each has a torch AdamW on the host for every parameter."""
+    return [inner for inner in _inner(optimizer) if isinstance(inner, HybridDeviceOptimizer)]
+
+
+def _adams(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
+    return [
+        adam
+        for inner in _inner(optimizer)
+        for adam in (inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner])
+    ]
+
+
+def _keep_own_part(hybrid: HybridDeviceOptimizer) -> None:
+    """A loaded state is a view of the whole tensor, which would stay in host memory with it."""
+    for adam in hybrid.sub_optimizers:
+        for state in adam.state.values():
+            for name, value in state.items():
+                if value.untyped_storage().nbytes() > value.nbytes:
+                    state[name] = value.clone()
+    hybrid._sync_sub_optimizers_state_to_hdo()
 
 
 def _keeps_step_per_parameter(adam: torch.optim.Optimizer) -> bool:
@@ -285,6 +315,8 @@ def materialize(optimizer: Optimizer) -> None:
             )
             if _keeps_step_per_parameter(adam):
                 state["step"] = torch.tensor(0.0)
+    for hybrid in _hybrids(optimizer):
+        hybrid._sync_sub_optimizers_state_to_hdo()
 
 
 def adam_step(optimizer: Optimizer) -> int:

@@ -97,6 +97,12 @@ MENDS: dict[str, Mend] = {
         "token counts of experts become host integers only where they were on a GPU; without one, splits are tensors",
         "policy/without_cuda.py",
     ),
+    "host-offload": Mend(
+        "megatron-core",
+        "",
+        "optimizer offload copies the parameters that are on a GPU, and looks for a copy of each: KeyError without one",
+        "policy/without_cuda.py",
+    ),
     "gradient-alias": Mend(
         "megatron-core",
         "",
