@@ -64,6 +64,7 @@ ALLOWED = {
         "rollout",
         "rollout.sglang",
         "rollout.sglang.audit",
+        "rollout.sglang.weights",
         "run.alarm",
         "run.metrics",
         "run.progress",

@@ -40,6 +40,7 @@ from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
+from gtpo_megatron.run.weights import StageWeights
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -179,6 +180,7 @@ class Run:
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
+        self.stage_weights: StageWeights | None = None
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
@@ -202,6 +204,11 @@ class Run:
             self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
         with self.progress.stage("start of the engine"):
             together(lambda: start() if embedded or self.main else None)
+            if not embedded and config.rollout.sglang.weight_transfer == "distributed":
+                bucket = config.rollout.sglang.bucket_mb << 20
+                self.stage_weights = self._stack.enter_context(
+                    StageWeights(self.policy, config.model.path, bucket, self.engine)
+                )
             self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
@@ -222,7 +229,10 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
+        if self.stage_weights is not None:
+            self.stage_weights.publish(self.version, self._between_batches(self.engine))
+        else:
+            self._with_exported_weights(lambda weights: self.engine.update_weights(weights, self.version))
         if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
             return
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
@@ -245,9 +255,9 @@ class Run:
             pass  # every rank takes part in the whole export
         together(lambda: _raise(error))
 
-    def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
+    def _between_batches(self, engine: RolloutEngine | None) -> AbstractContextManager[Any]:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
-        return nullcontext() if engine.updates_in_flight else self.engine_lock
+        return nullcontext() if engine is None or engine.updates_in_flight else self.engine_lock
 
     def _certify(self) -> None:
         """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.audit.certificate."""
