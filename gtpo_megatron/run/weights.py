@@ -8,7 +8,7 @@ from gtpo_megatron import control, network
 from gtpo_megatron.policy.collective import for_rank_zero, together
 from gtpo_megatron.policy.exchange.stage import StageExport, check_stages, is_sender
 from gtpo_megatron.policy.model import Policy, world_rank
-from gtpo_megatron.rollout.sglang.weights.buckets import Layout, lay_out
+from gtpo_megatron.rollout.sglang.weights.buckets import lay_out
 from gtpo_megatron.rollout.sglang.weights.outlets import COLLECTIVE_S
 from gtpo_megatron.rollout.sglang.weights.stages import StageSender
 
@@ -28,11 +28,11 @@ class StageWeights:
 
     def __init__(self, policy: Policy, source: str, bucket_bytes: int, engine: "SGLangEngine | None") -> None:
         self._engine = engine
-        self._export = StageExport(policy)
+        self.export = StageExport(policy)
         self._sender: StageSender | None = None
-        described = together(self._export.described)
-        layouts = lay_out(described, bucket_bytes)
-        together(lambda: self._start(layouts))
+        described = together(self.export.described)
+        self.layouts = layouts = lay_out(described, bucket_bytes)
+        together(self._start)
         offer = (self._sender.address, layouts) if self._sender is not None else None
         names = control.gather_to_zero(described if is_sender() else [])
         offers = control.gather_to_zero(offer)
@@ -43,11 +43,11 @@ class StageWeights:
 
         for_rank_zero(follow)
 
-    def _start(self, layouts: list[Layout]) -> None:
+    def _start(self) -> None:
         if is_sender() and world_rank() != 0:
             master = os.environ.get("MASTER_ADDR", "127.0.0.1")
             limits = COLLECTIVE_S, control.STEP_LIMIT.total_seconds()
-            self._sender = StageSender(world_rank(), network.own_address(master), layouts, *limits)
+            self._sender = StageSender(world_rank(), network.own_address(master), self.layouts, *limits)
 
     def publish(self, version: int, between_batches: AbstractContextManager[None]) -> None:
         """Give the servers this version. The export begins on all ranks when the servers can take it.
@@ -64,7 +64,7 @@ class StageWeights:
             together(lambda: self._send(version))
 
     def _send(self, version: int) -> None:
-        weights = self._export.stream()
+        weights = self.export.stream()
         try:
             if self._engine is not None:
                 self._engine.update_weights(weights, version)

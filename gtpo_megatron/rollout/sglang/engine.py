@@ -176,6 +176,8 @@ class SGLangEngine:
             snapshot.finish()
             done, faults = self._run(complete(transfer, snapshot))
         except BaseException:
+            self._run(give_up(self._stages, self._updates, relays))
+            self._run(transfer.settle())
             self._call(updates.end, None, None, [], {})
             raise
         self._call(updates.end, tag, snapshot, done, faults)

@@ -139,14 +139,16 @@ def _finished(bucket: Bucket) -> Bucket:
 class Snapshot:
     """The weights last exported, kept so that a server can be brought to them without asking the trainer's ranks again.
 
-    In host memory (the size of the model, on the rank that drives the servers), or with a directory as a Hugging Face
+    In host memory (the size of what this rank sends: the model, or its pipeline stage), or with a directory as a Hugging Face
     checkpoint's safetensors files, which servers load themselves.
     """
 
     version: int
     directory: Path | None = None
     memory: Sequence[torch.Tensor] = ()  # flat tensors that nobody needs any more
-    buckets: list[Bucket] = field(default_factory=list)
+    buckets: list[Bucket] = field(
+        default_factory=list
+    )  # on rank 0 behind its own those that other ranks keep
     _files: dict[str, str] = field(default_factory=dict)
 
     def add(self, bucket: Bucket) -> None:

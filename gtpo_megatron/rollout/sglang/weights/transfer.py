@@ -136,6 +136,11 @@ class Transfer:
         else:
             await self._broadcast(bucket)
 
+    async def settle(self) -> None:
+        """Of a transfer that is given up: let what is being sent end, and leave the groups."""
+        async with self._turn:
+            await self.link.drop_groups()
+
     async def end(self, snapshot: Snapshot) -> list[Target]:
         """Finish, and return the servers that confirmed the version. Generation goes on there."""
         if self.link.method == "disk":
