@@ -58,13 +58,13 @@ class Link:
 
     async def drop_groups(self) -> None:
         """Close the process groups, if any, on both sides. A server that does not answer is passed over."""
-        old, self.groups = self.groups, {}
-        await asyncio.gather(*(outlet.leave() for outlet in old), return_exceptions=True)
-        calls = [
-            self.client.call(t.url, "/destroy_weights_update_group", {"group_name": group.opening.name}, 10.0)
-            for group in old.values()
-            for t in group.targets
-        ]
+        await asyncio.gather(*(self._drop_group(outlet) for outlet in list(self.groups)))
+
+    async def _drop_group(self, outlet: Outlet) -> None:
+        group = self.groups.pop(outlet)
+        body = {"group_name": group.opening.name}
+        await asyncio.gather(outlet.leave(), return_exceptions=True)
+        calls = (self.client.call(t.url, "/destroy_weights_update_group", body, 10.0) for t in group.targets)
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def group(self, outlet: Outlet, targets: Sequence[Target], device: str) -> Opening:
@@ -77,7 +77,7 @@ class Link:
         if group is not None and (group.targets, group.device) == (tuple(targets), device):
             return group.opening
         if group is not None:
-            await self.drop_groups()
+            await self._drop_group(outlet)
         # A server that does not join would keep the rendezvous waiting for the whole of the timeout.
         new = await outlet.open(targets, device)
         self.groups[outlet] = Group(tuple(targets), device, new)
