@@ -7,6 +7,7 @@ broadcast when the first bytes are due.
 
 import argparse
 import asyncio
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -17,19 +18,21 @@ import torch
 from aiohttp import web
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-LIMIT = timedelta(seconds=60)
 BROADCAST = "/update_weights_from_distributed"
 
 
 class Receiver:
     """The server, in a thread of its own. `dies` is called instead of an answer, where the count of a path says so."""
 
-    def __init__(self, dies: Callable[[str, int], None] = lambda path, count: None) -> None:
+    def __init__(
+        self, dies: Callable[[str, int], None] = lambda path, count: None, limit_s: float = 60.0
+    ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.names: list[str] = []  # as they came, within the last update
         self.version = "default"
         self.asked: dict[str, int] = {}  # so often, by path
         self._dies = dies
+        self._limit = timedelta(seconds=limit_s)  # of waiting for others
         self._groups: dict[str, ProcessGroupGloo] = {}
         self._memory: dict[tuple[str, ...], torch.Tensor] = {}  # used again for a bucket of the same names
         self._ready = threading.Event()
@@ -81,13 +84,17 @@ class Receiver:
             self._groups.pop(body["group_name"], None)
         elif path == BROADCAST:
             self._receive(body)
+        elif path == "/weights_checker":
+            return {"ranks": [{"checksums": {name: _checksum(t) for name, t in self.tensors.items()}}]}
         return {}
 
     def _join(self, body: dict[str, Any]) -> None:
         size, name = body["world_size"], body["group_name"]
-        store = TCPStore(body["master_address"], body["master_port"], size, is_master=False, timeout=LIMIT)
+        store = TCPStore(
+            body["master_address"], body["master_port"], size, is_master=False, timeout=self._limit
+        )
         inner = PrefixStore("cpu/", PrefixStore(f"{name}/", PrefixStore(name, store)))
-        self._groups[name] = ProcessGroupGloo(inner, body["rank_offset"], size, timeout=LIMIT)
+        self._groups[name] = ProcessGroupGloo(inner, body["rank_offset"], size, timeout=self._limit)
 
     def _receive(self, body: dict[str, Any]) -> None:
         dtypes = [getattr(torch, name) for name in body["dtypes"]]
@@ -102,6 +109,10 @@ class Receiver:
         for name, part, dtype, shape in zip(body["names"], parts, dtypes, shapes, strict=True):
             self.tensors[name] = part.view(dtype).view(shape)
             self.names.append(name)
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def die_at(path: str, number: int) -> Callable[[str, int], None]:

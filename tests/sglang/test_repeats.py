@@ -14,12 +14,13 @@ from benchmarks.common.receiver import BROADCAST, Receiver
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor
 from gtpo_megatron.rollout.sglang.engine import SGLangEngine
+from gtpo_megatron.rollout.sglang.servers.states import Timing
 from gtpo_megatron.rollout.sglang.weights.buckets import lay_out
 from gtpo_megatron.rollout.sglang.weights.stages import StageSender
 
 BUCKET = 4096
 BUCKETS = 4  # of each stage
-LIMIT_S = 30.0
+LIMIT_S = 10.0
 
 
 def stage_weights(version: int, stage: int) -> list[NamedTensor]:
@@ -30,10 +31,9 @@ class Trainer:
     """Rank 0 with its engine, and the sender of a second stage, if there are two, fed by a thread of its own."""
 
     def __init__(self, stack: ExitStack, checkpoint: Path, urls: list[str], stages: int) -> None:
-        config = SGLangConfig(urls=tuple(urls))
-        self.engine = stack.enter_context(
-            closing(SGLangEngine(config, str(checkpoint), "fp32", checkpoint / "logs", "cpu"))
-        )
+        config, timing = SGLangConfig(urls=tuple(urls)), Timing(collective_s=LIMIT_S)
+        engine = SGLangEngine(config, str(checkpoint), "fp32", checkpoint / "logs", "cpu", timing)
+        self.engine = stack.enter_context(closing(engine))
         self.stages = stages
         own, other = (lay_out(stage_weights(0, stage), BUCKET) for stage in range(2))
         self.sender = stack.enter_context(closing(StageSender(1, "127.0.0.1", other, LIMIT_S, LIMIT_S)))
@@ -47,7 +47,7 @@ class Trainer:
             self.engine.update_weights(weights or stage_weights(version, 0), version)
         finally:
             if self.stages == 2:
-                beside.join(LIMIT_S / 2)
+                beside.join(60.0)
                 assert not beside.is_alive()
 
     def has_reached(self, receiver: Receiver, version: int) -> bool:
@@ -67,7 +67,7 @@ def receiver_that_dies(path: str, number: int) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process.stdout.readline().strip()
-            assert process.wait(LIMIT_S) == 1  # it was asked, and died
+            assert process.wait(60.0) == 1  # it was asked, and died
         finally:
             process.kill()
 
@@ -89,16 +89,15 @@ def test_a_server_that_is_killed_costs_at_most_one_repeat_without_it(
         number += (stages - 1) * BUCKETS
     with ExitStack() as stack:
         url = stack.enter_context(receiver_that_dies(path, number))
-        survivor = Receiver()
+        survivor = Receiver(limit_s=LIMIT_S)
         trainer = Trainer(stack, checkpoint, [url, survivor.url], stages)
         trainer.update(0)
         trainer.update(1)
         assert trainer.has_reached(survivor, 1)
         assert trainer.engine.status() == {url: "down", survivor.url: "ready"}
-        once = 2 * stages * BUCKETS
-        assert once < survivor.asked[BROADCAST] < once + stages * BUCKETS if repeated and number > 1 else True
-        sessions = survivor.asked["/begin_weight_update"]
-        assert sessions == (3 if repeated else 2)
+        assert survivor.asked["/begin_weight_update"] == (3 if repeated else 2)
+        if path == BROADCAST:  # no more was sent of the attempt that had broken off
+            assert survivor.asked[BROADCAST] == stages * BUCKETS + 2 + stages * BUCKETS
 
 
 def test_a_server_that_refuses_a_bucket_is_left_out_and_brought_to_the_weights_later(
