@@ -4,6 +4,7 @@
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
 #   TIER=all         `make test` with the soak tier (random kills, 30 s cuts) and the numeric tests by plain instructions
 #   PAIR=next        `make test` of what depends on Megatron's version, with the pins of Python 3.12, in .venv-next
+#   WORKERS=...      how many processes `make test` runs tests in; 0: in its own
 #   KILLS=...        how often `make chaos` kills
 #   FAULTS=...       how many faults `make soak` injects
 #   SEED=...         what `make fuzz` tries
@@ -21,7 +22,9 @@ PAIR_TESTS := tests/policy tests/parallel tests/te tests/test_train.py::test_a_r
   tests/test_train.py::test_a_run_goes_on_where_it_ended
 # whose results are sums of floats: with torch's plain kernels the sums run in another order
 NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_model.py tests/rollout/test_embedded.py
-PYTEST := -m pytest -q --durations=25
+WORKERS ?= 2
+# groups of tests to a process, in the order of tests/conftest.py
+PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
 KILLS ?= 20
 PARTS ?=
 FAULTS ?= 40

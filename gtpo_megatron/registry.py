@@ -59,8 +59,15 @@ def registered(folder: Path) -> list[Server]:
     """The servers that are up, in the order of their file names; none if there is no folder.
 
     Files that are damaged or no longer renewed are passed over: a server is worth less than the run.
+
+    Raises:
+        OSError: the folder is there and cannot be read, as for a moment on a network's file system: not "no servers".
     """
-    found = (_read(path) for path in sorted(folder.glob(f"*{_SUFFIX}")) if not path.name.startswith("."))
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    found = (_read(folder / name) for name in names if name.endswith(_SUFFIX) and not name.startswith("."))
     return [server for server in found if server and time.time() - server.heartbeat < STALE_S]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from gtpo_megatron.analysis.report import write_report
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.data.suites import DATA
 from gtpo_megatron.errors import COMPLETE, STOPPED, UserError
 from gtpo_megatron.evaluation.training import evaluate_prompts, figures
 from gtpo_megatron.policy import platform
@@ -66,7 +67,7 @@ def take_steps(run: Run, batches: Batches) -> None:
     Raises Interrupted, between two steps, when the stop cut sampling short.
     """
     # at the start, or where the last process could not
-    if evaluation_due(run) and not run.is_evaluated():
+    if evaluation_due(run):
         evaluate(run)
     while run.step < run.config.training.steps and not run.stop_requested():
         run.seconds.clear()
@@ -249,22 +250,23 @@ def evaluation_due(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> None:
-    """Measure accuracy and format on the held-out prompts, if the run has any.
+    """Measure accuracy and format on each suite that has no figures of this step yet; a line of metrics for each.
 
     Raises Interrupted, on every rank, if the run is asked to stop before it is done: figures of a part are no figures.
     """
-    if run.evaluation_prompts is None:
-        return
-    raise_if_asked_to_stop(run)
-    with run.stage("evaluation"):
-        prompts = run.evaluation_prompts.prompts
-        sampled = evaluate_prompts(run.config, run.engine, run.engine_lock, run.tokenizer, prompts, run.step)
-    raise_if_asked_to_stop(run)
-    if run.main:
-        result = figures(sampled)
-        run.metrics.log(run.step, result)
-        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in result.items())
-        run.progress.note(f"evaluation after step {run.step}: {shown}")
+    for suite, prompts in run.not_evaluated():
+        raise_if_asked_to_stop(run)
+        with run.stage("evaluation"):
+            sampled = evaluate_prompts(
+                suite.config, run.engine, run.engine_lock, run.tokenizer, prompts.prompts, run.step
+            )
+        raise_if_asked_to_stop(run)
+        if run.main:
+            result = figures(sampled, suite.name)
+            run.metrics.log(run.step, result)
+            shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in result.items())
+            which = "" if suite.name == DATA else f" on {suite.name}"
+            run.progress.note(f"evaluation{which} after step {run.step}: {shown}")
 
 
 def raise_if_asked_to_stop(run: Run) -> None:

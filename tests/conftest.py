@@ -37,6 +37,24 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+# Rooms whose tests share a costly thing: each runs in one process (pytest-xdist), the longest first.
+ROOMS = ("slurm", "sglang")
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What stays together where tests run in several processes: a room of ROOMS, else a file."""
+
+    def group(item: pytest.Item) -> str:
+        room = next((room for room in ROOMS if TESTS / room in item.path.parents), None)
+        return room or str(item.path)
+
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+        items.sort(key=lambda item: ROOMS.index(group(item)) if group(item) in ROOMS else len(ROOMS))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Gloo ranks in long-lived worker processes; see RankPool.run."""

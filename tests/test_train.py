@@ -100,6 +100,12 @@ def checkpoints(config: RunConfig) -> list[str]:
     return sorted(path.name for path in (config.path / "checkpoints").glob("step-*"))
 
 
+def evaluations_of(config: RunConfig) -> list[tuple[int, str]]:
+    """(step, suite) of every evaluation in the metrics, in order."""
+    names = {"eval/accuracy": "data", "eval/short/accuracy": "short"}
+    return [(line["step"], names[name]) for line in metrics_of(config) for name in names if name in line]
+
+
 def assert_same_metrics(run: RunConfig, other: RunConfig) -> None:
     """Bit for bit, all but times and memory."""
     report = compare(metrics_of(run), metrics_of(other))
@@ -143,15 +149,24 @@ def test_a_run_writes_what_it_did(gtpo: RunConfig) -> None:
 
 
 def test_an_evaluation_that_could_not_be_made_is_made_by_the_next_process(
-    ranks: RankPool, make: Callable[..., RunConfig]
+    ranks: RankPool, make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     evaluation = {"data": {"path": str(GSM8K), "format": "gsm8k", "limit": 3, "system_prompt": ""}}
+    suite = tmp_path / "short.yaml"
+    suite.write_text(f"name: short\npath: {GSM8K}\nformat: gsm8k\nlimit: 2\nsamples: 4\nmax_new_tokens: 5\n")
+    evaluation["suites"] = [str(suite)]
     config = make("evaluated-late", training={"steps": 2}, evaluation=evaluation)
+    # evaluation.data has its figures by then, and the suite has none
     assert ranks.run(1, run_without_a_last_evaluation, config) == ["no server left"]
     assert checkpoints(config) == ["step-000002"]
+    assert evaluations_of(config) == [(0, "data"), (0, "short"), (2, "data")]
     for _ in range(2):  # and not again
         assert ranks.run(1, run_training, config) == [0]
-        assert [line["step"] for line in metrics_of(config) if "eval/accuracy" in line] == [0, 2]
+        assert evaluations_of(config) == [(0, "data"), (0, "short"), (2, "data"), (2, "short")]
+    last = metrics_of(config)[-1]
+    assert last["eval/short/prompts"] == 2 and last["eval/short/length_mean"] <= 5
+    assert {"eval/short/pass@4", "eval/short/maj@4"} <= last.keys()
+    assert "| short | " in (config.path / "summary.md").read_text()
 
 
 def test_stored_trajectories_are_those_of_the_metrics(gtpo: RunConfig) -> None:

@@ -109,13 +109,13 @@ def run_stopped_in_sampling(config: RunConfig, rank: int, call: int) -> int | st
 
 
 def run_without_a_last_evaluation(config: RunConfig) -> int | str:
-    """As `run_training`, but the evaluation after the last step fails."""
+    """As `run_training`, but the evaluation after the last step fails with its last suite."""
     from gtpo_megatron import train as loop
 
     evaluate = loop.evaluate_prompts
 
     def fail_at_the_end(*arguments: Any) -> Any:
-        if arguments[-1] == config.training.steps:
+        if arguments[-1] == config.training.steps and arguments[0].evaluation.samples == 4:
             raise UserError("no server left")
         return evaluate(*arguments)
 

@@ -41,7 +41,13 @@ def plot_run(rows: Rows, path: Path, title: str) -> None:
         for name in sorted(lines, key=lambda name: not name.endswith("/mean")):
             steps, values = series(rows, name)
             marker = "o" if len(steps) < 30 else None
-            axes.plot(steps, values, label=name.partition("/")[2] or name, marker=marker, markersize=3)
+            axes.plot(
+                steps,
+                values,
+                label=suite_of(name) or name.partition("/")[2] or name,
+                marker=marker,
+                markersize=3,
+            )
         if panel.decorate:
             panel.decorate(axes, rows)
         if panel.log and min(min(series(rows, name)[1]) for name in lines) > 0:
@@ -115,9 +121,21 @@ def _entropy(axes: Axes, rows: Rows) -> None:
 
 _EVALUATION_SIZES = ("eval/prompts", "eval/length_mean")
 
+
+def suite_of(name: str) -> str | None:
+    """The suite whose metric this is, of names like eval/<suite>/<figure>; None of all other metrics."""
+    section, _, rest = name.partition("/")
+    suite, slash, _ = rest.partition("/")
+    return suite if section == "eval" and slash else None
+
+
 _PANELS = (
     _Panel("Reward", lambda name: name.startswith("reward/") and name not in _REWARD_OTHERS),
-    _Panel("Evaluation", lambda name: name.startswith("eval/") and name not in _EVALUATION_SIZES),
+    _Panel(
+        "Evaluation",
+        lambda name: name.startswith("eval/") and name not in _EVALUATION_SIZES and suite_of(name) is None,
+    ),
+    _Panel("Suites", lambda name: suite_of(name) is not None and name.endswith("/accuracy"), "share"),
     _Panel("Loss", lambda name: name == "loss"),
     _Panel("Entropy", lambda name: name in ("entropy/mean", "entropy/p50"), "nats", decorate=_entropy),
     _Panel("Conflict tokens", lambda name: name.startswith("conflict/") and name.endswith("_share"), "share"),

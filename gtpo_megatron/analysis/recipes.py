@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gtpo_megatron.analysis.figures import plot_recipes, series
+from gtpo_megatron.analysis.figures import plot_recipes, series, suite_of
 from gtpo_megatron.analysis.report import NEEDED, markdown_table, number
 from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
@@ -74,11 +74,11 @@ def compare_runs(run_dirs: Sequence[Path], folder: Path, console: Console | None
         UserError: a directory is no run's or given twice, holds no step yet, or one of its files is damaged.
     """
     recipes = recipes_of([_read(path) for path in run_dirs])
-    names = [name for name in MAIN if any(recipe.band(name)[0] for recipe in recipes)]
-    others = sorted(
-        {n for recipe in recipes for run in recipe.runs for row in run.rows for n in row if _shown(n)}
-        - set(names)
-    )
+    found = {n for recipe in recipes for run in recipe.runs for row in run.rows for n in row if _shown(n)}
+    suites = sorted(name for name in found if suite_of(name) is not None and name.endswith("/accuracy"))
+    main = [*MAIN[:2], *suites, *MAIN[2:]]
+    names = [name for name in main if any(recipe.band(name)[0] for recipe in recipes)]
+    others = sorted(found - set(names))
     folder.mkdir(parents=True, exist_ok=True)
     plot_recipes(recipes, names, folder / "comparison.png")
     text = _page(recipes, names, others)

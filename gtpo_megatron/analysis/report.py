@@ -1,6 +1,7 @@
 """A run on one page: a Markdown summary, a plot, and a table in the terminal."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gtpo_megatron.analysis.figures import plot_run
+from gtpo_megatron.analysis.figures import plot_run, suite_of
 from gtpo_megatron.analysis.goodput import Goodput, goodput_notes, goodput_rows, read_goodput
 from gtpo_megatron.config.loading import read_recorded
 from gtpo_megatron.errors import UserError
@@ -140,9 +141,11 @@ def _summary(
         "the first and the last one.",
         "",
         *markdown_table(
-            ("metric", "first", "last"), [(c.name, number(c.first), number(c.last)) for c in changes]
+            ("metric", "first", "last"),
+            [(c.name, number(c.first), number(c.last)) for c in changes if suite_of(c.name) is None],
         ),
     ]
+    lines += _suites_section(changes)
     stages = _stages(rows)
     if stages:
         total = sum(stages.values()) or 1.0
@@ -153,6 +156,26 @@ def _summary(
     lines += _trajectory_section(TrajectoryStore(run_dir / "trajectories"))
     lines += ["", "## Files", "", *(f"- `{name}`" for name in _files(run_dir)), ""]
     return "\n".join(lines)
+
+
+def _suites_section(changes: Sequence[Change]) -> list[str]:
+    """A row for each suite beside evaluation.data: its figures at the first and the last evaluation."""
+    suites: dict[str, dict[str, Change]] = {}
+    for change in changes:
+        if (suite := suite_of(change.name)) is not None:
+            suites.setdefault(suite, {})[change.name.rpartition("/")[2]] = change
+    if not suites:
+        return []
+    figures = list(dict.fromkeys(figure for found in suites.values() for figure in found))
+
+    def cell(change: Change | None) -> str:
+        if change is None:
+            return "-"
+        first, last = number(change.first), number(change.last)
+        return first if first == last else f"{first} → {last}"
+
+    rows = [(suite, *(cell(found.get(figure)) for figure in figures)) for suite, found in suites.items()]
+    return ["", "## Suites", "", "First and last evaluation.", "", *markdown_table(("suite", *figures), rows)]
 
 
 def _goodput_section(goodput: Goodput) -> list[str]:

@@ -46,7 +46,9 @@ def submitted(run: Path) -> dict[str, float]:
 def read_attempts(run: Path) -> list[Attempt]:
     """The attempts that have ended, oldest first; a line that is cut short is left out."""
     try:
-        rows = [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
+        rows = [
+            line.split() for line in (run / "attempts" / "ended").read_text(errors="replace").splitlines()
+        ]
     except OSError:
         return []
     return [

@@ -4,9 +4,10 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gtpo_megatron.cluster.record import SERVERS, SERVERS_JOB, Attempt, job_ids, read_attempts
 from gtpo_megatron.errors import UserError
@@ -16,6 +17,7 @@ from gtpo_megatron.run.directory import Lease, Status, read_lease, read_status
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: several lines
 QUEUE_LIMIT_S = 5.0
 SECONDS = "seconds/"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,27 +91,28 @@ def look(run: Path) -> Picture:
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; give a run's directory, e.g. runs/quickstart")
     problems: list[str] = []
-    status = lease = None
-    try:
-        status = read_status(run)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        lease = read_lease(run)
-    except UserError as error:
-        problems.append(str(error))
-    ids, of_servers = job_ids(run), job_ids(run, SERVERS_JOB)
+
+    def read(what: Callable[[], T], otherwise: T) -> T:
+        """What can be read is shown, whatever else of the directory is damaged."""
+        try:
+            return what()
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+            return otherwise
+
+    ids = read(lambda: job_ids(run), [])
+    of_servers = read(lambda: job_ids(run, SERVERS_JOB), [])
     jobs = queued([*ids, *of_servers])
     return Picture(
-        str(run),
-        status,
-        lease,
-        [job for job in jobs if job.job_id in ids],
-        read_attempts(run),
-        newest_metrics(run),
-        problems,
-        registered(run / SERVERS),
-        [job for job in jobs if job.job_id not in ids],
+        run=str(run),
+        status=read(lambda: read_status(run), None),
+        lease=read(lambda: read_lease(run), None),
+        jobs=[job for job in jobs if job.job_id in ids],
+        attempts=read(lambda: read_attempts(run), []),
+        last=newest_metrics(run),
+        problems=problems,
+        servers=read(lambda: registered(run / SERVERS), []),
+        servers_jobs=[job for job in jobs if job.job_id not in ids],
     )
 
 

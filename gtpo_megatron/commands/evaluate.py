@@ -45,7 +45,7 @@ def evaluate(
     Sampled by rollout.engine, or by evaluation.endpoint. One that was interrupted goes on.
     """
     from gtpo_megatron.config.loading import load_recipe
-    from gtpo_megatron.evaluation.suites import resolve_suites
+    from gtpo_megatron.data.suites import resolve_suites
 
     config = load_recipe(recipe, settings or [])
     suites = resolve_suites(config, suite or ())

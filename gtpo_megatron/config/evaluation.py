@@ -29,9 +29,11 @@ class EndpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy or sampled accuracy on held-out prompts."""
+    """Greedy or sampled accuracy on held-out prompts and suites."""
 
-    data: DataConfig | None = Field(None, description="held-out prompts; none: no evaluation in training")
+    data: DataConfig | None = Field(
+        None, description="held-out prompts; with neither these nor suites no evaluation in training"
+    )
     every: int = Field(
         0, ge=0, le=1_000_000_000, description="steps between evaluations; 0: only before and after training"
     )
@@ -47,12 +49,16 @@ class EvaluationConfig(Section):
         None, ge=0, le=4_294_967_296, description="of the samples; default: training.seed + 1"
     )
     suites: tuple[str, ...] = Field(
-        (), description="`gtpo-megatron evaluate`: names in recipes/eval or files; default: evaluation.data"
+        (),
+        description="names in recipes/eval, or files: each is evaluated in training beside evaluation.data, and by "
+        "`gtpo-megatron evaluate` in its place",
     )
     folder: str | None = Field(
         None, description="folder of local copies: a suite's set is read from <folder>/<name of the suite>"
     )
-    k: tuple[int, ...] = Field((), description="k of pass@k and maj@k; default: 1, 2, 4, ... and samples")
+    k: tuple[int, ...] = Field(
+        (), description="`gtpo-megatron evaluate`: k of pass@k and maj@k; default: 1, 2, 4, ... and samples"
+    )
     endpoint: EndpointConfig = EndpointConfig()
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +61,12 @@ class Endpoint:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if here else None))
 
     def sample(
-        self, questions: Sequence[tuple[int, Question, int]], params: SamplingParams
+        self,
+        questions: Sequence[tuple[int, Question, int]],
+        params: SamplingParams,
+        sampled: Callable[[int], None] = lambda group: None,
     ) -> tuple[dict[int, list[TextCompletion]], BaseException | None]:
-        """`params.n` completions of each (group, question, seed).
+        """`params.n` completions of each (group, question, seed); `sampled` is called with each group that is whole.
 
         Returns the groups that are whole, and what ended the sampling early, if something did.
         """
@@ -75,9 +78,14 @@ class Endpoint:
             for group, question, seed in questions
             for index in range(params.n)
         }
+        left = {group: params.n for group, *_ in questions}
         try:
             for future in as_completed(futures):
                 future.result()
+                group, _ = futures[future]
+                left[group] -= 1
+                if not left[group]:
+                    sampled(group)
         except (UserError, KeyboardInterrupt) as caught:
             error = caught
         finally:

@@ -37,6 +37,7 @@ class Part:
     prompts: Sequence[tuple[int, Prompt | Question]]
     params: SamplingParams
     seed: int
+    sampled: Callable[[int], None] = lambda place: None  # called with each prompt's place once it is
 
 
 Sampler = Callable[[Part], Sampled]  # collective
@@ -78,17 +79,22 @@ def _engine(config: RunConfig, tokenizer: PreTrainedTokenizerBase, logs: Path) -
     return SGLangEngine(config.rollout.sglang, path, dtype, logs)
 
 
-class _UntilError:
-    """An engine whose groups end quietly at an error, which is kept: what came before it can be scored and written."""
+class _Watched:
+    """An engine whose groups are told of as they come. Where each rank has one, an error of it is raised; a single one's
+    groups end quietly at an error, which is kept: what came before it can be scored and written."""
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: RolloutEngine, sampled: Callable[[int], None]) -> None:
+        self._engine, self._sampled = engine, sampled
         self.error: BaseException | None = None
 
     def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
         try:
-            yield from self._engine.generate(requests, params)
+            for group in self._engine.generate(requests, params):
+                self._sampled(group.request.group)
+                yield group
         except (Exception, KeyboardInterrupt) as error:
+            if self._engine.on_every_rank:
+                raise
             self.error = error
 
 
@@ -96,13 +102,13 @@ def _from_engine(
     engine: RolloutEngine, rewards: RewardPool, tokenizer: PreTrainedTokenizerBase, part: Part
 ) -> Sampled:
     places = [GroupPrompt(g, prompt, group_seed(part.seed, 0, g), g) for g, prompt in part.prompts]
+    watched = _Watched(engine, part.sampled)
     if not engine.on_every_rank:
-        quiet = _UntilError(engine)
-        sampled = sample_share(quiet, rewards, tokenizer, places, part.params, step=0)
-        return Sampled(sampled, error=quiet.error)
+        sampled = sample_share(watched, rewards, tokenizer, places, part.params, step=0)
+        return Sampled(sampled, error=watched.error)
     own = places[world_rank() :: dist.get_world_size()]
     try:
-        share = sample_share(engine, rewards, tokenizer, own, part.params, step=0)
+        share = sample_share(watched, rewards, tokenizer, own, part.params, step=0)
     except Exception as error:  # told to all ranks
         return Sampled(gather(error))
     return Sampled(gather(share))
@@ -110,7 +116,7 @@ def _from_engine(
 
 def _from_endpoint(endpoint: Endpoint, rewards: RewardPool, part: Part) -> Sampled:
     asked = [(group, question, group_seed(part.seed, 0, group)) for group, question in part.prompts]
-    whole, error = endpoint.sample(asked, part.params)
+    whole, error = endpoint.sample(asked, part.params, part.sampled)
     scores = {
         group: rewards.submit(
             [(completion.text, question.answer, question.question) for completion in whole[group]]

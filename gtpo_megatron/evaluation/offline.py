@@ -9,7 +9,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from gtpo_megatron.data.prompts import (
     load_questions,
     stop_token_ids,
 )
+from gtpo_megatron.data.suites import Suite, naming
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.evaluation.engines import Part, Sampler, open_sampler
 from gtpo_megatron.evaluation.estimates import check_ks, estimates, rows_of
 from gtpo_megatron.evaluation.results import FORMAT, grader, write_results, write_text
-from gtpo_megatron.evaluation.suites import Suite
+from gtpo_megatron.evaluation.ticker import Note, Ticker
 from gtpo_megatron.evaluation.training import sampling_params, sampling_seed
 from gtpo_megatron.plan.checks import check_run
 from gtpo_megatron.plan.conversion import check_source
@@ -40,7 +42,6 @@ from gtpo_megatron.rollout.protocol import SamplingParams
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
-Note = Callable[[str], None]  # takes a line for the user
 SERVED_PART = 2048  # completions of a part where servers sample: few tails to wait for
 EMBEDDED_BATCHES = 4  # of a part where the embedded engine does
 
@@ -75,9 +76,15 @@ class Job:
 
 
 def evaluate_suites(
-    config: RunConfig, suites: Sequence[Suite], output: Path | None = None, note: Note = lambda line: None
+    config: RunConfig,
+    suites: Sequence[Suite],
+    output: Path | None = None,
+    note: Note = lambda line: None,
+    every_s: float = 30.0,
 ) -> tuple[Path, dict[str, Any]]:
     """Sample the suites, score them, write all; goes on with what an earlier call of the same request left. Collective.
+
+    `note` is told how far it is: after each part, and every `every_s` seconds of waiting for the engine or within a part.
 
     Returns the directory and the results, which are rank 0's alone in content.
 
@@ -104,7 +111,7 @@ def evaluate_suites(
     request = request_of(config, policy, jobs)
     directory = output or default_output(config, request)
     on_rank_zero(lambda: claim(directory, request))
-    sample_all(config, tokenizer, jobs, directory, note)
+    sample_all(config, tokenizer, jobs, directory, note, every_s)
     return directory, on_rank_zero(lambda: conclude(directory, request, policy, jobs))
 
 
@@ -113,12 +120,13 @@ def job_of(suite: Suite, tokenizer: PreTrainedTokenizerBase | None) -> Job:
     evaluation = suite.config.evaluation
     left_out: dict[str, int] = {}
     prompts: tuple[Prompt, ...] | tuple[Question, ...]
-    if tokenizer is None:
-        prompts = load_questions(suite.data)
-    else:
-        found: PromptSet = load_prompts(suite.data, tokenizer)
-        prompts = found.prompts
-        left_out = {"too_long": found.too_long, "malformed": found.skipped}
+    with naming(suite.keys):
+        if tokenizer is None:
+            prompts = load_questions(suite.data)
+        else:
+            found: PromptSet = load_prompts(suite.data, tokenizer)
+            prompts = found.prompts
+            left_out = {"too_long": found.too_long, "malformed": found.skipped}
     if tokenizer is None or suite.config.rollout.engine != "embedded":
         part = SERVED_PART // evaluation.samples
     else:
@@ -205,14 +213,18 @@ def sample_all(
     jobs: Sequence[Job],
     directory: Path,
     note: Note,
+    every_s: float,
 ) -> None:
     """Sample what is not there yet, and give each whole suite its file. Collective."""
     left = [job for job in jobs if not on_rank_zero(lambda job=job: whole(directory, job).steps())]
     if not left:
         return
-    with open_sampler(config, tokenizer, directory / "logs") as sampler:
+    with ExitStack() as stack:
+        ticker = stack.enter_context(Ticker(note, every_s))
+        with ticker.on(lambda: f"starting the engine: {engine_name(config)}"):
+            sampler = stack.enter_context(open_sampler(config, tokenizer, directory / "logs"))
         for job in left:
-            sample_suite(job, sampler, directory, note)
+            sample_suite(job, sampler, directory, note, ticker)
 
 
 def whole(directory: Path, job: Job) -> TrajectoryStore:
@@ -220,7 +232,7 @@ def whole(directory: Path, job: Job) -> TrajectoryStore:
     return TrajectoryStore(directory / job.name / "trajectories")
 
 
-def sample_suite(job: Job, sampler: Sampler, directory: Path, note: Note) -> None:
+def sample_suite(job: Job, sampler: Sampler, directory: Path, note: Note, ticker: Ticker) -> None:
     """Sample a suite part by part. Raises what ends the sampling, once what came before it is written. Collective."""
     parts = TrajectoryStore(directory / job.name / "parts")
     for number, start in enumerate(range(0, len(job.prompts), job.part)):
@@ -229,7 +241,9 @@ def sample_suite(job: Job, sampler: Sampler, directory: Path, note: Note) -> Non
         missing = [(group, job.prompts[group]) for group in groups if group not in set(there)]
         if not missing:
             continue
-        sampled = sampler(Part(missing, job.params, job.seed))
+        done = [*range(start), *there]  # places; on several ranks those of others are added at the part's end
+        with ticker.on(lambda done=done: f"{job.name}: {len(done)} of {len(job.prompts)} prompts"):
+            sampled = sampler(Part(missing, job.params, job.seed, done.append))
 
         def keep(number: int = number, sampled: Any = sampled) -> None:
             before, lengths = read_part(parts, number)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gtpo_megatron.config import RewardConfig, RewardTerm, RunConfig
 from gtpo_megatron.data.prompts import Prompt, stop_token_ids
+from gtpo_megatron.data.suites import DATA, metrics_of
 from gtpo_megatron.evaluation.passk import any_right, maj_at_k
 from gtpo_megatron.policy.model import world_rank
 from gtpo_megatron.rewards.pool import RewardPool
@@ -28,6 +29,7 @@ def evaluate_prompts(
 ) -> list[Trajectory]:
     """Sample the prompts with the engine's weights and score them, whatever the training reward is. Collective.
 
+    `config` is the suite's (`data.suites.Suite`), whose section `evaluation` says how its prompts are sampled.
     The completions are on rank 0; there are none elsewhere. `engine` is None on ranks without one.
     """
     params = sampling_params(config, stop_token_ids(tokenizer))
@@ -70,8 +72,11 @@ def scoring(config: RunConfig) -> RewardConfig:
     return config.rewards.model_copy(update={"terms": TERMS, "max_failed_share": 1.0})
 
 
-def figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean accuracy, format share, length and truncation; with several samples also pass@k and maj@k."""
+def figures(trajectories: Sequence[Trajectory], suite: str = DATA) -> dict[str, float]:
+    """Mean accuracy, format share, length and truncation; with several samples also pass@k and maj@k.
+
+    The metrics are called eval/..., those of a suite other than evaluation.data eval/<suite>/...
+    """
     count, groups = len(trajectories), len({t.group for t in trajectories})
     samples = count // groups
     result = {
@@ -84,4 +89,6 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     if samples > 1:
         result[f"eval/pass@{samples}"] = any_right(trajectories)
         result[f"eval/maj@{samples}"] = maj_at_k(trajectories)
-    return result
+    return {
+        f"{metrics_of(suite)}{name.removeprefix(metrics_of(DATA))}": value for name, value in result.items()
+    }

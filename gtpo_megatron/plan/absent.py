@@ -5,9 +5,10 @@ from typing import Literal
 
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.rows import resolve_source
+from gtpo_megatron.data.suites import DATA, suites_in_training
 from gtpo_megatron.errors import UserError
 
-Part = Literal["weights", "tokenizer", "data", "evaluation.data"]
+Part = Literal["weights", "tokenizer", "data", "evaluation.data", "evaluation.suites"]
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
@@ -27,6 +28,7 @@ def absent_parts(config: RunConfig) -> dict[Part, str]:
         "data": _data_absent(config.data, "data.path"),
         "evaluation.data": config.evaluation.data
         and _data_absent(config.evaluation.data, "evaluation.data.path"),
+        "evaluation.suites": _suites_absent(config),
     }
     return {part: sentence for part, sentence in found.items() if sentence}
 
@@ -56,6 +58,15 @@ def _data_absent(data: DataConfig, key: str) -> str | None:
     except UserError:
         return None  # `check_run` names it
     return None if local else f"{key}: {data.path}: a hub name; its rows were not looked for"
+
+
+def _suites_absent(config: RunConfig) -> str | None:
+    try:
+        suites = suites_in_training(config, look=False)
+    except UserError:
+        return None  # `check_run` names it
+    absent = [_data_absent(suite.data, f"{suite.title}: path") for suite in suites if suite.name != DATA]
+    return "; ".join(sentence for sentence in absent if sentence) or None
 
 
 def _any_file(directory: Path, patterns: tuple[str, ...]) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from gtpo_megatron.config import DataConfig, ParallelConfig, RewardTerm, RunConfig
+from gtpo_megatron.config import ParallelConfig, RewardTerm, RunConfig
+from gtpo_megatron.data.rows import resolve_source
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine.probe import Machine, this_machine
 from gtpo_megatron.plan.absent import Part
+from gtpo_megatron.plan.evaluation import evaluation_length_problems, evaluation_problems
 from gtpo_megatron.plan.layout import (
     HFShape,
     data_parallel_size,
@@ -37,9 +39,8 @@ def check_run(
     """
     machine = machine or this_machine()
     problems = [*settings_problems(config), *server_problems(config, machine)]
-    problems += _raised(lambda: _check_data_path(config.data, "data"))
-    if config.evaluation.data is not None:
-        problems += _raised(lambda: _check_data_path(config.evaluation.data, "evaluation.data"))
+    problems += _raised(lambda: resolve_source(config.data))
+    problems += evaluation_problems(config)
     problems += reward_problems(config)
     shape = None
     try:
@@ -49,6 +50,7 @@ def check_run(
     if shape is not None:
         problems += layout_problems(config.parallel, shape, world_size)
         problems += length_problems(config, shape)
+        problems += evaluation_length_problems(config, shape)
         problems += precision_problems(config, shape, machine)
         problems += batch_problems(config, world_size)
         problems += lora_problems(config, shape)
@@ -184,13 +186,6 @@ def length_problems(config: RunConfig, shape: HFShape) -> Iterator[str]:
             f"training.micro_batch_tokens: {config.training.micro_batch_tokens} cannot hold the longest sequence: "
             f"{asked}{padding}"
         )
-    if (evaluation := config.evaluation.data) is not None:
-        new = config.evaluation.max_new_tokens or completion
-        if evaluation.max_prompt_tokens + new > shape.max_positions:
-            yield (
-                f"evaluation.data.max_prompt_tokens + new tokens = {evaluation.max_prompt_tokens} + {new}: "
-                f"above the model's {shape.max_positions} positions (max_position_embeddings)"
-            )
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -280,15 +275,6 @@ def _unsupported_variant(config: Any) -> str | None:
     return next((name for name, present in variants.items() if present), None)
 
 
-def _check_data_path(data: DataConfig, key: str) -> None:
-    from gtpo_megatron.data.rows import resolve_source
-
-    try:
-        resolve_source(data)
-    except UserError as error:
-        raise UserError(str(error).replace("data.path", f"{key}.path", 1)) from error
-
-
 def _check_tokenizer(config: RunConfig, shape: HFShape) -> None:
     from transformers import AutoTokenizer
 
@@ -308,7 +294,7 @@ def _check_tokenizer(config: RunConfig, shape: HFShape) -> None:
         )
 
 
-def _raised(check: Callable[[], None]) -> list[str]:
+def _raised(check: Callable[[], object]) -> list[str]:
     try:
         check()
     except UserError as error:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
+from gtpo_megatron.data.suites import Suite, metrics_of, naming, suites_in_training
 from gtpo_megatron.errors import COMPLETE, FAILED, MISTAKE, STOPPED, UserError
 from gtpo_megatron.plan.checks import read_shape
 from gtpo_megatron.plan.layout import sequence_alignment
@@ -81,9 +82,9 @@ class Run:
                 config.data.path,
                 self.prompts.long_solutions,
             )
-        self.evaluation_prompts = (
-            self._load_prompts(config.evaluation.data) if config.evaluation.data else None
-        )
+        self.evaluated_on = [
+            (suite, self._load_prompts(suite.data, suite.keys)) for suite in suites_in_training(config)
+        ]
         self.sampler = PromptSampler(
             len(self.prompts), config.training.seed, config.data.shuffle, self.prompts.fingerprint
         )
@@ -123,8 +124,9 @@ class Run:
             exit_code = COMPLETE if self.complete else STOPPED
         self.owner.end(error, exit_code)
 
-    def _load_prompts(self, data: DataConfig) -> PromptSet:
-        prompts = load_prompts(data, self.tokenizer)
+    def _load_prompts(self, data: DataConfig, keys: str = "data.") -> PromptSet:
+        with naming(keys):
+            prompts = load_prompts(data, self.tokenizer)
         log.info(
             "%s: %d prompts of %d rows (%d too long, %d malformed)",
             data.path,
@@ -159,13 +161,14 @@ class Run:
         self.stage, self.seconds = stages.stage, stages.seconds
         if self.step:
             self.progress.note(f"resumed after step {self.step} from {self.path / 'checkpoints'}")
-        for name, prompts in (("data", self.prompts), ("evaluation.data", self.evaluation_prompts)):
-            if prompts is not None and prompts.neutralised:
+        evaluated = [(suite.title, prompts) for suite, prompts in self.evaluated_on]
+        for name, prompts in [("data", self.prompts), *evaluated]:
+            if prompts.neutralised:
                 self.progress.note(
                     f"{name}: {prompts.neutralised} rows spell a special token of the tokenizer; "
                     "the prompts have it as plain text"
                 )
-            if prompts is not None and (prompts.too_long or prompts.skipped):
+            if prompts.too_long or prompts.skipped:
                 self.progress.note(
                     f"{name}: {prompts.too_long} prompts over the token limit and {prompts.skipped} malformed rows "
                     f"left out of {prompts.rows}"
@@ -184,7 +187,7 @@ class Run:
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
-        self.samples = config.algorithm.name != "sft" or config.evaluation.data is not None
+        self.samples = config.algorithm.name != "sft" or bool(self.evaluated_on)
         if not self.samples:
             return
         embedded = config.rollout.engine == "embedded" or config.algorithm.name == "sft"
@@ -314,14 +317,19 @@ class Run:
         """Whether nothing is left to do: all steps are done, and what belongs to the last was not cut short."""
         return self.step >= self.config.training.steps and not self.interrupted
 
-    def is_evaluated(self) -> bool:
-        """Whether the metrics hold an evaluation of the current step. Collective."""
+    def not_evaluated(self) -> list[tuple[Suite, PromptSet]]:
+        """The suites of which the metrics hold no evaluation of the current step. Collective."""
 
-        def found() -> bool:
+        def measured() -> set[str]:
             rows = read_metrics(self.path / "metrics.jsonl")
-            return any(row["step"] == self.step and "eval/accuracy" in row for row in rows)
+            return {name for row in rows if row["step"] == self.step for name in row}
 
-        return on_rank_zero(found)
+        names = on_rank_zero(measured) if self.evaluated_on else set()
+        return [
+            (suite, prompts)
+            for suite, prompts in self.evaluated_on
+            if f"{metrics_of(suite.name)}accuracy" not in names
+        ]
 
     def next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
         """The next prompts of the sampler, with their places in the batch and seeds."""

@@ -54,6 +54,16 @@ def test_seeds_of_a_recipe_are_one_column(tmp_path: Path) -> None:
     assert "| loss |" in page and "seconds/" not in page
 
 
+def test_accuracies_of_suites_stand_among_the_main_figures(tmp_path: Path) -> None:
+    runs = [run(tmp_path, name, name, 0, [1.0]) for name in ("gtpo", "grpo")]
+    for path in runs:
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "time": 0.0, "eval/gsm8k/accuracy": 0.25, "eval/gsm8k/format": 1.0}\n')
+    page, printed = compared(runs, tmp_path / "out")
+    assert "eval/gsm8k/accuracy" in printed and "eval/gsm8k/format" not in printed
+    assert "| eval/gsm8k/format | 1 → 1 | 1 → 1 |" in page
+
+
 def test_one_recipe_has_nothing_that_differs(tmp_path: Path) -> None:
     page, _ = compared([run(tmp_path, f"a-seed{k}", "gtpo", k, [1.0]) for k in (1, 0)], tmp_path / "out")
     assert "## What differs" not in page

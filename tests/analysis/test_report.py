@@ -85,6 +85,25 @@ def test_a_long_run_compares_its_first_steps_with_its_last(tmp_path: Path) -> No
     assert "reward/mean" in printed and str(run_dir / "report.png") in printed
 
 
+def test_suites_have_a_row_each(tmp_path: Path) -> None:
+    def line(step: int, suite: str, **figures: float) -> dict:
+        return {"step": step, "time": 60.0 * step} | {f"eval/{suite}/{k}": v for k, v in figures.items()}
+
+    rows = [
+        line(0, "gsm8k", accuracy=0.25, prompts=200),
+        line(0, "math500", accuracy=0.125, prompts=500, **{"pass@4": 0.5}),
+        gtpo_row(1),
+        line(1, "gsm8k", accuracy=0.5, prompts=200),
+        line(1, "math500", accuracy=0.125, prompts=500, **{"pass@4": 0.75}),
+    ]
+    summary, printed = report(make_run(tmp_path / "suites", rows))
+    assert "| suite | accuracy | prompts | pass@4 |" in summary
+    assert "| gsm8k | 0.25 → 0.5 | 200 | - |" in summary
+    assert "| math500 | 0.125 | 500 | 0.5 → 0.75 |" in summary
+    assert "eval/gsm8k/accuracy" not in summary
+    assert "eval/gsm8k/accuracy" in printed
+
+
 def test_a_run_of_one_step_has_a_report(tmp_path: Path) -> None:
     summary, _ = report(make_run(tmp_path / "short", [gtpo_row(1)]))
     assert "| reward/mean | 1 | 1 |" in summary and "the last step;" in summary

@@ -75,12 +75,13 @@ def test_damaged_files_are_said(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text("[]")
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n[1]\n")
     (tmp_path / "attempts").mkdir()
-    (tmp_path / "attempts" / "ended").write_text("1 41 5 1\n2 41")
+    (tmp_path / "attempts" / "ended").write_bytes(b"1 41 5 1\n\xff 41 6 1\n2 41")
+    (tmp_path / "submissions" / "1" / "job_id").mkdir(parents=True)
+    (tmp_path / "servers").write_text("a file where a folder is due")
     picture = look(tmp_path)
-    assert [text.split(":")[0].rpartition("/")[2] for text in picture.problems] == [
-        "status.json",
-        "lease.json",
-    ]
+    assert len(picture.problems) == 4
+    for name in ("status.json", "lease.json", "submissions/1/job_id", "servers"):
+        assert any(str(tmp_path / name) in problem for problem in picture.problems), name
     assert dict(lines(picture))["attempt"] == "1: job 41, failed with 1 at step 5"
 
 

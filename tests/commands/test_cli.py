@@ -2,20 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from gtpo_megatron import __version__
 from gtpo_megatron.commands.arguments import complete_setting
-from gtpo_megatron.commands.cli import GRACE_S, main
+from gtpo_megatron.commands.cli import GRACE_S, app, main
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
@@ -166,6 +168,7 @@ def evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]
 
     def stand_in_for(config: RunConfig, suites: Any, output: Path | None, note: Any) -> tuple[Path, Any]:
         asked.append([suite.name for suite in suites])
+        note("data: 1 of 1 prompts")
         return output or tmp_path / "made", results
 
     stand_in(monkeypatch, "gtpo_megatron.evaluation.offline", evaluate_suites=stand_in_for)
@@ -194,7 +197,7 @@ def test_evaluate_says_which_policy_it_scores(
     model = load_config(recipe).model.path
     code, _, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
     assert code == 0
-    assert err.strip() == f"scoring model.path: {model}"
+    assert err.splitlines() == [f"scoring model.path: {model}", "data: 1 of 1 prompts"]
     (tmp_path / "trained" / "hf").mkdir(parents=True)
     _, _, err = run("evaluate", recipe, data, f"dir={tmp_path}", "name=trained")
     assert (
@@ -238,6 +241,23 @@ def test_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_help(run: Run, arguments: list[str]) -> None:
     code, out, _ = run(*arguments)
     assert code == 0 and "Usage" in out
+
+
+def test_help_names_no_file_that_is_not_there() -> None:
+    root = Path(__file__).parents[2]
+    texts = "\n".join(_texts(typer.main.get_command(app)))
+    named = set(re.findall(r"(?<![\w./])((?:recipes|docs|tools|slurm|benchmarks)/[\w./-]*\w)", texts))
+    assert "recipes/quickstart.yaml" in named
+    assert {path for path in named if not (root / path).exists()} == {"recipes/mine"}  # a user's own folder
+    assert "training engine" not in texts  # `evaluate` names the engines by their settings
+
+
+def _texts(command: Any) -> Iterator[str]:
+    """Help, epilogs and options of a command and of those under it."""
+    yield from (command.help or "", command.epilog or "")
+    yield from (getattr(parameter, "help", None) or "" for parameter in command.params)
+    for inner in getattr(command, "commands", {}).values():
+        yield from _texts(inner)
 
 
 def test_version(run: Run) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from gtpo_megatron.config import ParallelConfig, RunConfig
+from gtpo_megatron.data.suites import resolve_suites
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.evaluation import offline
-from gtpo_megatron.evaluation.suites import resolve_suites
 from gtpo_megatron.policy.exchange.convert import hf_to_megatron, start_ranks
 
 
@@ -33,6 +33,19 @@ def evaluate_interrupted(config: RunConfig, output: Path) -> dict[str, Any] | st
         return offline.evaluate_suites(config, resolve_suites(config), output, cut)[1]
     except UserError as error:
         return str(error)
+
+
+def evaluate_noting(config: RunConfig, output: Path, seen: Path) -> list[str]:
+    """What an evaluation says of its progress. The file `seen` appears with the first line of a part under way."""
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        if line.endswith(" s)") and "prompts" in line:
+            seen.touch()
+
+    offline.evaluate_suites(config, resolve_suites(config), output, note, every_s=0.05)
+    return lines
 
 
 def write_checkpoint(source: Path, checkpoint: Path) -> None:

@@ -3,10 +3,12 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +22,9 @@ class Server:
     )  # path, body, authorization
     dies_after: int | None = None  # good answers; then every connection is cut
     faults: list[int] = field(default_factory=list)  # statuses of the next answers
+    held: tuple[int, Path] | None = (
+        None  # after so many good answers the others wait until there is such a file
+    )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -31,6 +36,8 @@ def fake_server() -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            while state.held and len(state.asked) >= state.held[0] and not state.held[1].exists():
+                time.sleep(0.01)
             with state.lock:
                 if state.dies_after is not None and len(state.asked) >= state.dies_after:
                     self.connection.close()

@@ -1,6 +1,7 @@
 """Whole evaluations: by an endpoint (a small server of the test), and by the embedded engine in a rank of its own."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.evaluation.evaluation_jobs import (
     evaluate,
     evaluate_interrupted,
+    evaluate_noting,
     evaluate_twice,
     write_checkpoint,
 )
@@ -111,6 +113,24 @@ def test_an_endpoint_that_dies_half_way(ranks: RankPool, make: Make, server: Ser
     assert len(server.asked) - before == 20 - len(kept)  # only what was missing
     assert found["suites"]["data"]["figures"]["pass@1"]["value"] == 0.5
     assert found["suites"]["data"]["prompts"] == 10
+
+
+def test_an_evaluation_says_how_far_it_is(
+    ranks: RankPool, make: Make, server: Server, tmp_path: Path
+) -> None:
+    server.held = (9, tmp_path / "seen")  # the others wait until a line has said how far it is
+    config = make(evaluation=endpoint(server))
+    (lines,) = ranks.run(1, evaluate_noting, config, tmp_path / "out", tmp_path / "seen")
+    assert re.fullmatch(
+        r"data: [45] of 10 prompts \(\d+ s\)", next(line for line in lines if "prompts" in line)
+    )
+    assert lines[-1] == "data: 10 of 10 prompts"
+    # of a part that the embedded engine has sampled too
+    (lines,) = ranks.run(1, evaluate_noting, make(), tmp_path / "embedded", tmp_path / "seen")
+    assert [line for line in lines if not line.endswith(" s)")] == [
+        "data: 8 of 10 prompts",
+        "data: 10 of 10 prompts",
+    ]
 
 
 def test_an_endpoint_that_refuses(ranks: RankPool, make: Make, server: Server, tmp_path: Path) -> None:

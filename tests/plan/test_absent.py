@@ -46,13 +46,15 @@ def test_nothing_is_absent_of_a_whole_run(model: Path, tmp_path: Path) -> None:
 
 def test_config_json_suffices_for_a_dry_run_and_only_for_it(model: Path) -> None:
     remove(model, "config.json")
-    config = run_of(model, "openai/gsm8k", evaluation={"data": {"path": "x/y", "max_prompt_tokens": 128}})
+    evaluation = {"data": {"path": "x/y", "max_prompt_tokens": 128}, "suites": ["math500"]}
+    config = run_of(model, "openai/gsm8k", evaluation=evaluation)
     absent = absent_parts(config)
-    assert list(absent) == ["weights", "tokenizer", "data", "evaluation.data"]
+    assert list(absent) == ["weights", "tokenizer", "data", "evaluation.data", "evaluation.suites"]
     assert f"model.path: {model}: no weights there" in absent["weights"]
     assert "chat template, special tokens and vocabulary were not checked" in absent["tokenizer"]
     assert absent["data"] == "data.path: openai/gsm8k: a hub name; its rows were not looked for"
     assert absent["evaluation.data"].startswith("evaluation.data.path: x/y: ")
+    assert absent["evaluation.suites"].startswith("suite math500: path: HuggingFaceH4/MATH-500: a hub name")
     assert check_run(config, 1, CPU, without=absent).layers == 4
     with pytest.raises(UserError, match=r"(?s)no safetensors weights there.*the tokenizer does not load"):
         check_run(config, 1, CPU)

@@ -157,6 +157,40 @@ def test_lengths(build: Callable[..., RunConfig]) -> None:
     )
 
 
+def test_suites_in_training(build: Callable[..., RunConfig], rows: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: own\npath: {rows}\nmax_prompt_tokens: 200\nmax_new_tokens: 56\n")
+    check_run(build(evaluation={"suites": [str(own), "gsm8k"], "every": 5}), 1, CPU)
+    own.write_text(f"name: own\npath: {rows}\nmax_prompt_tokens: 200\nmax_new_tokens: 57\n")
+    too_long = "suite own: max_prompt_tokens + new tokens = 200 + 57: above the model's 256 positions"
+    assert too_long in problem(build(evaluation={"suites": [str(own)]}))
+    own.write_text(f"name: own\npath: {tmp_path / 'absent.jsonl'}\n")
+    assert "suite own: path: " in problem(build(evaluation={"suites": [str(own)]}))
+    assert "evaluation.suites (--suite): gsm9k: no such suite" in problem(
+        build(evaluation={"suites": ["gsm9k"]})
+    )
+    own.write_text(f"name: data\npath: {rows}\n")
+    both = {"suites": [str(own)], "data": {"path": str(rows), "max_prompt_tokens": 64}}
+    assert "two suites are named data (evaluation.data is one)" in problem(build(evaluation=both))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"every": 5}, "evaluation.every: 5 has no effect without evaluation.data or evaluation.suites"),
+        ({"folder": "sets"}, "evaluation.folder: sets has no effect without evaluation.suites"),
+        (
+            {"endpoint": {"url": "http://host/v1", "model": "m"}},
+            "evaluation.endpoint.url: http://host/v1 has no effect in training",
+        ),
+    ],
+)
+def test_settings_of_evaluation_without_effect(
+    build: Callable[..., RunConfig], evaluation: dict[str, Any], message: str
+) -> None:
+    assert message in problem(build(evaluation=evaluation))
+
+
 def test_the_micro_batch_holds_the_padding_of_context_and_sequence_parallelism(
     build: Callable[..., RunConfig],
 ) -> None:

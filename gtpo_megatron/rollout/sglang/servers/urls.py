@@ -18,11 +18,14 @@ def read_urls(config: SGLangConfig) -> list[str]:
     """The given servers' URLs, without trailing slashes or repetition.
 
     Raises:
-        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none. A urls_dir may be empty:
-            its servers come and go.
+        UserError: a line of urls_file, or an entry of urls, is no http URL; or there is none; or what names them cannot
+            be read. A urls_dir may be empty: its servers come and go.
     """
     if config.urls_dir:
-        return [server.url.rstrip("/") for server in registered(Path(config.urls_dir))]
+        try:
+            return [server.url.rstrip("/") for server in registered(Path(config.urls_dir))]
+        except OSError as error:
+            raise UserError(f"rollout.sglang.urls_dir: {error}") from error
     entries = [(f"rollout.sglang.urls[{i}]", url) for i, url in enumerate(config.urls)]
     if config.urls_file:
         try:

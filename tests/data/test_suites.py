@@ -8,8 +8,8 @@ import pytest
 from gtpo_megatron.config import RunConfig, SuiteConfig
 from gtpo_megatron.config.loading import load_file
 from gtpo_megatron.data.prompts import load_questions
+from gtpo_megatron.data.suites import SHIPPED, metrics_of, resolve_suites, suites_in_training
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.evaluation.suites import SHIPPED, resolve_suites
 
 # the columns of each suite's local copy; the hub's have the first that the suite names
 COLUMNS = {
@@ -100,8 +100,19 @@ def test_mistakes_of_a_suite(tmp_path: Path, yaml: str, rows: list[dict], messag
         resolve_suites(run_config(samples=2), [str(own)])
 
 
+def test_the_hubs_refusal_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no such set")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(UserError, match=r"^evaluation\.data\.path: nobody/set .* no such set"):
+        resolve_suites(run_config(data={"path": "nobody/set"}))
+    with pytest.raises(UserError, match=r"^suite math500: path: HuggingFaceH4/MATH-500 .* no such set"):
+        suites_in_training(run_config(suites=["math500"]))
+
+
 def test_mistakes_of_a_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--suite gsm9k: no such suite; known: aime24, .*olympiadbench"):
+    with pytest.raises(UserError, match=r"--suite\): gsm9k: no such suite; known: aime24, .*olympiadbench"):
         resolve_suites(run_config(), ["gsm9k"])
     with pytest.raises(UserError, match="has no folder gsm8k for that suite"):
         resolve_suites(run_config(folder=str(tmp_path)), ["gsm8k"])
@@ -110,3 +121,17 @@ def test_mistakes_of_a_name(tmp_path: Path) -> None:
         resolve_suites(run_config(folder=str(tmp_path)), ["gsm8k", "gsm8k"])
     with pytest.raises(UserError, match=r"evaluation\.data is missing"):
         resolve_suites(run_config())
+
+
+def test_a_run_is_evaluated_on_its_data_and_its_suites(tmp_path: Path) -> None:
+    put(tmp_path, "gsm8k", COLUMNS["gsm8k"])
+    put(tmp_path, "aime25", COLUMNS["aime25"])
+    data = {"path": "rows.jsonl", "max_prompt_tokens": 64}
+    config = run_config(data=data, suites=["aime25", "gsm8k"], folder=str(tmp_path))
+    both = suites_in_training(config)
+    assert [metrics_of(suite.name) for suite in both] == ["eval/", "eval/aime25/", "eval/gsm8k/"]
+    assert [suite.title for suite in both] == ["evaluation.data", "suite aime25", "suite gsm8k"]
+    assert both[0].config == config
+    assert both[1].data.fields.answer == "expected_answer"  # of the set; without a look the suite's first
+    assert suites_in_training(config, look=False)[1].data.fields.answer == "answer"
+    assert suites_in_training(run_config()) == []
