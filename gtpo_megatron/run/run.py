@@ -23,7 +23,6 @@ from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
     build_policy,
-    export_hf_weights,
     initialize_parallel,
     world_rank,
 )
@@ -41,7 +40,7 @@ from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
-from gtpo_megatron.run.weights import StageWeights
+from gtpo_megatron.run.weights import StageWeights, with_whole_export
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -245,18 +244,7 @@ class Run:
             self._certify()
 
     def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
-        """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
-        weights = export_hf_weights(self.policy)
-        error: UserError | None = None
-        if self.engine is not None:
-            try:
-                with self._between_batches(self.engine):
-                    action(weights)
-            except UserError as caught:
-                error = caught
-        for _ in weights:
-            pass  # every rank takes part in the whole export
-        together(lambda: _raise(error))
+        with_whole_export(self.policy, self.engine, self._between_batches(self.engine), action)
 
     def _between_batches(self, engine: RolloutEngine | None) -> AbstractContextManager[Any]:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
@@ -389,11 +377,6 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         """End engine, workers and files, say how the run ended, and give its directory free."""
         self._stack.__exit__(*error)
-
-
-def _raise(error: UserError | None) -> None:
-    if error is not None:
-        raise error
 
 
 def longest_sequence(config: RunConfig) -> int:

@@ -1,19 +1,42 @@
-"""How the policy's weights get from the trainer's ranks to servers: each pipeline stage sends its own."""
+"""How the policy's weights get from the trainer's ranks to its engine: whole, or each pipeline stage sends its own."""
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Self
 
 from gtpo_megatron import control, network
 from gtpo_megatron.policy.collective import for_rank_zero, together
 from gtpo_megatron.policy.exchange.stage import StageExport, check_stages, is_sender
-from gtpo_megatron.policy.model import Policy, world_rank
+from gtpo_megatron.policy.model import Policy, export_hf_weights, world_rank
+from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine
 from gtpo_megatron.rollout.sglang.weights.buckets import lay_out
 from gtpo_megatron.rollout.sglang.weights.outlets import COLLECTIVE_S
 from gtpo_megatron.rollout.sglang.weights.stages import StageSender
 
 if TYPE_CHECKING:  # its imports are for rank 0
     from gtpo_megatron.rollout.sglang.engine import SGLangEngine
+
+
+def with_whole_export(
+    policy: Policy,
+    engine: RolloutEngine | None,
+    between_batches: AbstractContextManager[None],
+    action: Callable[[Iterator[NamedTensor]], None],
+) -> None:
+    """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
+    weights = export_hf_weights(policy)
+
+    def act() -> None:
+        try:
+            if engine is not None:
+                with between_batches:
+                    action(weights)
+        finally:
+            for _ in weights:
+                pass  # every rank takes part in the whole export
+
+    together(act)
 
 
 class StageWeights:
