@@ -4,7 +4,7 @@
     python benchmarks/weights.py --layouts tp2-pp2 --receivers 1
 
 The trainer's ranks are gloo processes with a random policy in bfloat16; the servers are plain receivers, which speak SGLang's
-calls and keep the tensors. For each layout and number of receivers, in turns: an update the program's way; the stage's export
+calls and keep the tensors; TP2 x PP2 also has one real server. For each layout and number of receivers, in turns: an update the program's way; the stage's export
 alone; and the peer, one gloo broadcast of as many bytes from rank 0 to as many processes that have received into that memory
 before. Then, in turns with the peer again, updates by one sender: the whole export on every rank, of which rank 0 sends all.
 Medians of the ratios of successive turns are reported. Bytes that leave a rank are those that the kernel counts as
@@ -32,16 +32,19 @@ import torch
 import torch.distributed as dist
 from common.machine import describe_machine
 from common.process import acknowledged_bytes, forget_peak, status
+from common.words import save_tokenizer
 from torch.distributed import FileStore, ProcessGroupGloo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gtpo_megatron import control
 from gtpo_megatron.config import ModelConfig, ParallelConfig, SGLangConfig, TrainingConfig
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "weights.json"
 BUCKET_MB = 16
 BUCKET = BUCKET_MB << 20
 TURNS, WARM = 5, 2
+WITH_SGLANG = "tp2-pp2"  # also to one real server
 LAYOUTS: dict[str, tuple[str, int, dict[str, int]]] = {
     "tp2-pp2": ("dense", 4, {"tensor": 2, "pipeline": 2}),
     "pp4": ("dense", 4, {"pipeline": 4}),
@@ -62,12 +65,13 @@ EXPERTS = COMMON | dict(
 
 def make_checkpoint(kind: str, directory: Path) -> int:
     """A random model; the bytes of its weights."""
-    config = AutoConfig.for_model(
-        *(("llama",) if kind == "dense" else ("qwen3_moe",)), **(DENSE if kind == "dense" else EXPERTS)
-    )
+    kinds = {"dense": ("llama", DENSE), "experts": ("qwen3_moe", EXPERTS)}
+    family, sizes = kinds[kind]
+    config = AutoConfig.for_model(family, eos_token_id=None, bos_token_id=None, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
+    save_tokenizer(directory, config.vocab_size)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -187,8 +191,7 @@ def serve(
 def plain_receivers(count: int) -> Iterator[list[str]]:
     """URLs of processes that take weights."""
     command = [sys.executable, "-m", "benchmarks.common.receiver"]
-    root = Path(__file__).parents[1]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(count)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
     try:
         yield [process.stdout.readline().strip() for process in processes]
     finally:
@@ -197,14 +200,29 @@ def plain_receivers(count: int) -> Iterator[list[str]]:
             process.wait()
 
 
-def run(layout: str, counts: list[int]) -> dict[str, Any]:
-    """The figures of one layout by number of receivers."""
+@contextmanager
+def real_server(python: str, checkpoint: Path) -> Iterator[list[str]]:
+    """The URL of an SGLang server with the model."""
+    from gtpo_megatron.rollout.sglang.servers.launch import make_launch
+
+    launch = make_launch(SGLangConfig(python=python), str(checkpoint), "bf16", "cpu", checkpoint)
+    process, url = launch.server(0)
+    try:
+        yield [url]
+    finally:
+        process.end()
+
+
+def run(layout: str, counts: list[int], python: str | None = None) -> dict[str, Any]:
+    """The figures of one layout by number of receivers, or with one server of this interpreter's SGLang."""
     kind, world, parallel = LAYOUTS[layout]
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    with tempfile.TemporaryDirectory() as directory, plain_receivers(max(counts)) as urls:
-        folder = Path(directory)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         size = make_checkpoint(kind, folder / "model")
+        receivers = real_server(python, folder / "model") if python else plain_receivers(max(counts))
+        urls = stack.enter_context(receivers)
         peers = [
             context.Process(target=receive, args=(r, count + 1, f"{folder}/peer-{count}", size), daemon=True)
             for count in counts
@@ -262,6 +280,9 @@ def main() -> None:
     )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2, 4], help="numbers of them")
+    parser.add_argument(
+        "--python", default=str(ROOT / ".venv-sglang" / "bin" / "python"), help="SGLang's interpreter"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from gtpo_megatron.run import weights  # noqa: F401  the ranks share what is imported here
@@ -269,6 +290,8 @@ def main() -> None:
     machine, layouts = describe_machine(), {}
     for layout in arguments.layouts:
         layouts[layout] = run(layout, arguments.receivers)
+        if layout == WITH_SGLANG and Path(arguments.python).exists():
+            layouts[layout]["sglang"] = run(layout, [1], arguments.python)["1"]
         for count, found in layouts[layout].items():
             print(
                 f"{layout:8s} to {count}: {found['seconds']:.2f} s, {found['time_over_warm_broadcast']:.2f} x a plain "

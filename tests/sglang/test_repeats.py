@@ -1,5 +1,6 @@
 """Transfers to plain receivers of which one is lost on the way: one repeat, without it, from one stage and from two."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -149,3 +150,23 @@ def test_an_export_that_fails_on_another_rank_is_raised_with_the_rank(checkpoint
         with pytest.raises(RuntimeError, match=r"rank 1, filled of weights: .* in place of 1.0"):
             trainer.engine.update_weights(stage_weights(0, 0), 0)
         beside.join()
+
+
+def test_copies_are_not_sent_once_the_next_update_has_begun(checkpoint: Path) -> None:
+    """Their memory takes the new weights: a server that is being restored must not get some of each."""
+    with ExitStack() as stack:
+        receiver = Receiver()
+        trainer = Trainer(stack, checkpoint, [receiver.url], 2)
+        trainer.update(0)
+        (stage,) = trainer.engine._stages
+        kept = stage.kept(1)[0]
+        beside = threading.Thread(target=trainer.sender.update, args=(stage_weights(1, 1),))
+        beside.start()
+        asyncio.run(stage.filled(2, 0))
+        with pytest.raises(
+            RuntimeError, match="rank 1, send of weights: .* bucket 0 of update 1 is not held any more"
+        ):
+            asyncio.run(stage.send(kept))
+        trainer.engine.update_weights(stage_weights(1, 0), 1)
+        beside.join()
+        assert trainer.has_reached(receiver, 1)

@@ -157,7 +157,7 @@ class StageSender:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stage-sender", daemon=True)
         self._thread.start()
-        self._changed, self._server = self._run(self._start(host))
+        self._changed, self._sending, self._server = self._run(self._start(host))
         self.address = Address(rank, host, self._server.sockets[0].getsockname()[1], secrets.token_hex(16))
 
     def update(self, weights: Iterable[NamedTensor]) -> None:
@@ -166,9 +166,9 @@ class StageSender:
         Returns when the last bucket is filled. Raises RuntimeError where the export is not as it was laid out, or rank 0 does
         not take a bucket in time.
         """
+        self._run(self._begin())  # from here on nothing is sent of the copies, whose memory is used again
         memory = [bucket.flat for bucket in self._snapshot.buckets]
-        self._snapshot = Snapshot(self._update + 1, memory=memory)
-        self._run(self._begin())
+        self._snapshot = Snapshot(self._update, memory=memory)
         try:
             for bucket in fill(self.layouts, weights, memory):
                 self._snapshot.add(bucket)
@@ -193,8 +193,8 @@ class StageSender:
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _start(self, host: str) -> tuple[asyncio.Condition, asyncio.Server]:
-        return asyncio.Condition(), await asyncio.start_server(self._answer, host, 0)
+    async def _start(self, host: str) -> tuple[asyncio.Condition, asyncio.Lock, asyncio.Server]:
+        return asyncio.Condition(), asyncio.Lock(), await asyncio.start_server(self._answer, host, 0)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -215,7 +215,7 @@ class StageSender:
     # ------------------------------------------------------------------ what the main thread tells
 
     async def _begin(self) -> None:
-        async with self._changed:
+        async with self._sending, self._changed:
             self._update += 1
             self._offered = self._released = 0
             self._failure = ""
@@ -264,8 +264,12 @@ class StageSender:
         return asdict(await self._outlet.open([Target(**target) for target in targets], device))
 
     async def _send(self, update: int, number: int, device: str) -> None:
-        copy = update == self._update and device == HOST
-        await self._outlet.send(self._snapshot.buckets[number] if copy else self._held(update, number))
+        async with self._sending:
+            # On a CPU the live bucket is the copy; of an update that is over, there are copies alone.
+            if device == HOST and update == self._update and number < self._offered:
+                await self._outlet.send(self._snapshot.buckets[number])
+            else:
+                await self._outlet.send(self._held(update, number))
 
     def _held(self, update: int, number: int) -> Bucket:
         if self._live is None or (update, number) != (self._update, self._offered - 1):
