@@ -37,10 +37,19 @@ def _of_connections(offset: int) -> int:
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, offset)[0]
+            copy = os.dup(int(name))
         except OSError:
-            continue  # a file, or one that is closed by now
+            continue  # closed by now
+        try:
+            connection = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)  # a file
+            continue
+        with connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                try:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                except OSError:
+                    continue  # not of TCP
+                total += struct.unpack_from("Q", info, offset)[0]
     return total
