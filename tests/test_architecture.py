@@ -66,6 +66,7 @@ ALLOWED = {
         "rollout",
         "rollout.sglang",
         "rollout.sglang.audit",
+        "rollout.sglang.weights",
         "run.alarm",
         "run.facts",
         "run.metrics",
@@ -181,7 +182,7 @@ def test_only_rollout_sglang_speaks_http() -> None:
     others = {
         path for path in importers("gtpo_megatron.rollout.sglang") if not path.startswith("rollout/sglang/")
     }
-    assert others == {"run/run.py", "run/serve.py", "evaluation/engines.py"}
+    assert others == {"run/run.py", "run/serve.py", "run/weights.py", "evaluation/engines.py"}
 
 
 def test_train_is_the_algorithm_alone() -> None:

@@ -266,8 +266,12 @@ def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     Collective: every rank must drain it; all get all tensors.
     """
     for name, tensor in policy.bridge.export_hf_weights(policy.modules, cpu=True, show_progress=False):
-        whole = tensor[: policy.vocab_size] if name.endswith(_VOCABULARY_WEIGHTS) else tensor
-        yield name, whole.detach()
+        yield name, without_padding(policy, name, tensor).detach()
+
+
+def without_padding(policy: Policy, name: str, tensor: Tensor) -> Tensor:
+    """An exported weight without the rows that fill the vocabulary up; a view."""
+    return tensor[: policy.vocab_size] if name.endswith(_VOCABULARY_WEIGHTS) else tensor
 
 
 def is_reporting_rank() -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -25,7 +24,6 @@ from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
     build_policy,
-    export_hf_weights,
     initialize_parallel,
     world_rank,
 )
@@ -45,6 +43,7 @@ from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
+from gtpo_megatron.run.weights import StageWeights, with_whole_export
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
@@ -188,8 +187,9 @@ class Run:
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
+        self.stage_weights: StageWeights | None = None
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
-        self.transferred: Flow | None = None  # bytes of weights, at the newest transfer from this rank
+        self.transferred: Flow | None = None  # bytes of weights, at the newest transfer; on rank 0
         self.engine_lock = threading.Lock()
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or bool(self.evaluated_on)
@@ -212,6 +212,11 @@ class Run:
             self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
         with self.progress.stage("start of the engine"):
             together(lambda: start() if embedded or self.main else None)
+            if not embedded and config.rollout.sglang.weight_transfer == "distributed":
+                bucket = config.rollout.sglang.bucket_mb << 20
+                self.stage_weights = self._stack.enter_context(
+                    StageWeights(self.policy, config.model.path, bucket, self.engine)
+                )
             self.publish_weights()
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
@@ -232,7 +237,10 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        self._with_exported_weights(self._send)
+        if self.stage_weights is not None:
+            self.transferred = self.stage_weights.publish(self.version, self._between_batches(self.engine))
+        else:
+            self._with_exported_weights(self._send)
         if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
             return
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
@@ -246,22 +254,11 @@ class Run:
         self.transferred = send(self.engine, weights, self.version)
 
     def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
-        """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
-        weights = export_hf_weights(self.policy)
-        error: UserError | None = None
-        if self.engine is not None:
-            try:
-                with self._between_batches(self.engine):
-                    action(weights)
-            except UserError as caught:
-                error = caught
-        for _ in weights:
-            pass  # every rank takes part in the whole export
-        control.raise_together(error)
+        with_whole_export(self.policy, self.engine, self._between_batches(self.engine), action)
 
-    def _between_batches(self, engine: RolloutEngine) -> AbstractContextManager[Any]:
+    def _between_batches(self, engine: RolloutEngine | None) -> AbstractContextManager[Any]:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
-        return nullcontext() if engine.updates_in_flight else self.engine_lock
+        return nullcontext() if engine is None or engine.updates_in_flight else self.engine_lock
 
     def _certify(self) -> None:
         """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.audit.certificate."""

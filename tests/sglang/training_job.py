@@ -10,7 +10,7 @@ import torch
 from gtpo_megatron import train as loop
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rollout.sglang.weights import transfer
+from gtpo_megatron.rollout.sglang.weights import outlets, transfer
 from gtpo_megatron.run import batches
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.record import Trajectory
@@ -50,13 +50,13 @@ def train(config: RunConfig) -> int | str:
 def train_with_a_transfer_that_garbles(config: RunConfig, update: int, rounding: bool = False) -> int | str:
     """As `train`; in the update of this number the end of every bucket arrives as zeros, or, as `rounding`, one bit off."""
     begun = [0]
-    begin, send = transfer.Transfer._begin, transfer.Broadcast.send
+    begin, send = transfer.Transfer._begin, outlets.Broadcast.send
 
     async def count(self: transfer.Transfer) -> None:
         begun[0] += 1
         await begin(self)
 
-    def garble(self: transfer.Broadcast, flat: torch.Tensor) -> None:
+    def garble(self: outlets.Broadcast, flat: torch.Tensor) -> None:
         if begun[0] == update:
             flat = flat.clone()
             if rounding:
@@ -65,7 +65,7 @@ def train_with_a_transfer_that_garbles(config: RunConfig, update: int, rounding:
                 flat[-len(flat) // 8 :] = 0
         send(self, flat)
 
-    with patch.object(transfer.Transfer, "_begin", count), patch.object(transfer.Broadcast, "send", garble):
+    with patch.object(transfer.Transfer, "_begin", count), patch.object(outlets.Broadcast, "send", garble):
         return train(config)
 
 

@@ -80,7 +80,7 @@ def write_hf_checkpoint(
         if failure:
             raise failure
         writer.close()
-        _check_names(writer.names, assets.weight_map(policy), source)
+        check_names(writer.names, assets.weight_map(policy), source)
         assets.copy_assets(source, tokenizer or source, directory)
         _state_dtype(directory / "config.json", dtype)
 
@@ -139,7 +139,8 @@ def stored_names(names: Iterable[str]) -> set[str]:
     return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _check_names(written: set[str], expected: Iterable[str], source: str | Path) -> None:
+def check_names(written: set[str], expected: Iterable[str], source: str | Path) -> None:
+    """Raise UserError, naming some, where the exported weights are not those that the source has."""
     wanted = stored_names(expected)
     if wanted != written:
         missing, extra = sorted(wanted - written), sorted(written - wanted)

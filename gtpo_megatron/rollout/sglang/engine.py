@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
+from gtpo_megatron import control
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, SamplingParams
@@ -24,8 +25,9 @@ from gtpo_megatron.rollout.sglang.sampling import Job, Sampler
 from gtpo_megatron.rollout.sglang.servers.launch import Device, make_launch, resolve_key
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
 from gtpo_megatron.rollout.sglang.servers.states import Timing
-from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot, pack
-from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Layout, Snapshot, fill, pack
+from gtpo_megatron.rollout.sglang.weights.stages import Address, RemoteStage, give_up, relay
+from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer, complete
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,6 +75,9 @@ class SGLangEngine:
         self._vocabulary = int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
         # a server left over from another run never has this run's weights
         self._run_name = uuid.uuid4().hex[:8]
+        self._updates = 0  # so many were begun
+        self._layouts: Sequence[Layout] = ()  # of the stage's buckets, once they are known
+        self._stages: Sequence[RemoteStage] = ()
         self._jobs: set[Job] = set()
         self._started = self._closed = self._ended = False  # ended: samples no more
         launch = None
@@ -111,6 +116,18 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------ weights
 
+    def follow_stages(
+        self, own: Sequence[Layout], others: Sequence[tuple[Address, Sequence[Layout]]]
+    ) -> None:
+        """From now on updates bring the weights of this rank's stage alone, laid out so; other ranks send those of theirs.
+
+        Each of the others has a `StageSender` at its address, which is fed at every update. Needs weight_transfer:
+        distributed.
+        """
+        limits = self._pool.updates.link.collective_s, control.STEP_LIMIT.total_seconds()
+        self._layouts = tuple(own)
+        self._stages = [RemoteStage(address, layouts, *limits) for address, layouts in others]
+
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
         """Replace the weights on all servers. The next bucket is produced while the last one is sent.
 
@@ -120,33 +137,50 @@ class SGLangEngine:
         Raises:
             UserError: a server did not start, or none is left.
         """
-        self._wait_started()
+        self._updates += 1
+        relays: list[Future[None]] = []
+        try:
+            self.wait_started()
+            self._replace_weights(weights, version, relays)
+        except BaseException:
+            self._run(give_up(self._stages, self._updates, relays))
+            raise
+        self._run(self._pool.updates.wait_updated())
+        self.version = version
+
+    def _replace_weights(
+        self, weights: Iterable[NamedTensor], version: int, relays: list[Future[None]]
+    ) -> None:
+        updates = self._pool.updates
         tag = f"{self._run_name}:{version}"
-        targets = self._run(self._pool.updates.begin())
+        targets = self._run(updates.begin())
         # No server is brought to the old weights once an update has begun: their memory takes the new ones.
-        old = self._pool.updates.snapshot
-        memory = [bucket.flat for bucket in old.buckets] if old is not None else []
+        old = updates.snapshot
+        memory = [b.flat for b in old.buckets if isinstance(b, Bucket)] if old is not None else []
         snapshot = Snapshot(
             version, self._directory / f"weights-{version}" if self._on_disk else None, memory
         )
-        transfer = Transfer(self._pool.updates.link, targets, tag)
+        transfer = Transfer(updates.link, targets, tag)
+        relays += [self._submit(relay(stage, transfer.send, self._updates)) for stage in self._stages]
         try:
             sent: Future[None] | None = None
-            for bucket in pack(weights, self._config.bucket_mb << 20, memory):
+            for bucket in self._buckets(weights, memory):
                 snapshot.add(bucket)
                 if sent is not None:
                     sent.result()
                 sent = self._submit(transfer.send(bucket))
-            if sent is not None:
-                sent.result()
+            for future in [sent, *relays] if sent is not None else relays:
+                future.result()
+            for stage in self._stages:
+                snapshot.buckets += stage.kept(self._updates)
             snapshot.finish()
-            done = self._run(transfer.end(snapshot))
+            done, faults = self._run(complete(transfer, snapshot))
         except BaseException:
-            self._call(self._pool.updates.end, None, None, [], {})
+            self._run(give_up(self._stages, self._updates, relays))
+            self._run(transfer.settle())
+            self._call(updates.end, None, None, [], {})
             raise
-        self._call(self._pool.updates.end, tag, snapshot, done, transfer.faults)
-        self._run(self._pool.updates.wait_updated())
-        self.version = version
+        self._call(updates.end, tag, snapshot, done, faults)
 
     def verify_weights(self, weights: Iterable[NamedTensor]) -> None:
         """Compare every tensor that the servers hold with `weights`, which must be those of the last update.
@@ -171,6 +205,11 @@ class SGLangEngine:
                 "\n".join([f"the weights of {len(wrong)} servers are not the trainer's:", *wrong])
             )
         log.info("the weights of %d SGLang servers are the trainer's, tensor by tensor", len(found))
+
+    def _buckets(self, weights: Iterable[NamedTensor], memory: Sequence[torch.Tensor]) -> Iterator[Bucket]:
+        if self._layouts:
+            return fill(self._layouts, weights, memory)
+        return pack(weights, self._config.bucket_mb << 20, memory)
 
     @property
     def _on_disk(self) -> bool:
@@ -270,7 +309,8 @@ class SGLangEngine:
         router = self._pool.router
         return router.process.popen.pid if router is not None and router.process is not None else None
 
-    def _wait_started(self) -> None:
+    def wait_started(self) -> None:
+        """Wait until the servers answer, at the first call. Raises UserError where one does not start."""
         if not self._started:
             self._run(self._pool.wait_started())
             self._started = True

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from gtpo_megatron.rollout.sglang.servers.launch import Process
 from gtpo_megatron.rollout.sglang.weights.broadcast import Target
+from gtpo_megatron.rollout.sglang.weights.outlets import COLLECTIVE_S
 
 log = logging.getLogger(__name__)
 State = Literal["down", "stale", "suspect", "ready"]
@@ -37,7 +38,7 @@ class Timing:
     drain_s: float = 60.0  # for aborted requests to come back before an update
     control_s: float = 60.0  # for a call that moves no weights: pause, go on, flush
     transfer_s: float = 600.0  # for one call that does
-    collective_s: float = 120.0  # for the broadcast of one bucket, and for joining its group
+    collective_s: float = COLLECTIVE_S  # for the broadcast of one bucket, and for joining its group
     backoff_s: float = 1.0  # before a second restart; doubles
     backoff_max_s: float = 60.0
     attempts: int = 6  # failures of one request, on whatever servers, before the run stops

@@ -5,18 +5,19 @@ fails on the way is left out and named; the others are done when `end` returns t
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
-from gtpo_megatron.rollout.sglang.weights.broadcast import Broadcast, Target
+from gtpo_megatron.rollout.sglang.weights.broadcast import Target
 from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Snapshot
+from gtpo_megatron.rollout.sglang.weights.outlets import LocalOutlet, Opening, Outlet
 from gtpo_megatron.rollout.sglang.weights.pickled import pickle_tensors
+from gtpo_megatron.rollout.sglang.weights.stages import RemoteBucket
 
+log = logging.getLogger(__name__)
 Method = Literal["distributed", "tensor", "disk"]
 MOVES_WEIGHTS = (
     "/update_weights_from_distributed",
@@ -26,44 +27,60 @@ MOVES_WEIGHTS = (
 )
 
 
+@dataclass(frozen=True)
+class Group:
+    """The process group of one outlet with some servers."""
+
+    targets: tuple[Target, ...]
+    device: str
+    opening: Opening
+
+
 @dataclass
 class Link:
-    """What outlives one transfer: the client, the process group, and the thread that broadcasts."""
+    """What outlives one transfer: the client, this process's outlet, and the process groups of all outlets."""
 
     client: Client
     method: Method
     control_s: float  # of a call that moves no weights; short, because nothing is sampled while a hung server is awaited
     transfer_s: float  # of one that does
     collective_s: float  # of one broadcast, and of joining the group
-    broadcast: Broadcast | None = None
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sglang-weights"))
+    own: LocalOutlet = field(init=False)
+    groups: dict[Outlet, Group] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own = LocalOutlet(self.collective_s)
 
     async def close(self) -> None:
-        """Leave the process group."""
-        await self.drop_group()
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        """Leave the process groups."""
+        await self.drop_groups()
+        self.own.close()
 
-    async def drop_group(self) -> None:
-        """Close the process group, if any, on both sides. A server that does not answer is passed over."""
-        if self.broadcast is None:
-            return
-        old, self.broadcast = self.broadcast, None
-        old.close()
-        body = {"group_name": old.name}
-        calls = (self.client.call(t.url, "/destroy_weights_update_group", body, 10.0) for t in old.targets)
+    async def drop_groups(self) -> None:
+        """Close the process groups, if any, on both sides. A server that does not answer is passed over."""
+        await asyncio.gather(*(self._drop_group(outlet) for outlet in list(self.groups)))
+
+    async def _drop_group(self, outlet: Outlet) -> None:
+        group = self.groups.pop(outlet)
+        body = {"group_name": group.opening.name}
+        await asyncio.gather(outlet.leave(), return_exceptions=True)
+        calls = (self.client.call(t.url, "/destroy_weights_update_group", body, 10.0) for t in group.targets)
         await asyncio.gather(*calls, return_exceptions=True)
 
-    async def group(self, targets: Sequence[Target], device: torch.device) -> Broadcast:
-        """The process group with exactly these servers, made anew when they changed.
+    async def group(self, outlet: Outlet, targets: Sequence[Target], device: str) -> Opening:
+        """The outlet's process group with exactly these servers, made anew when they changed.
 
         Raises:
             ServerFault, Refused, RuntimeError: a server did not join.
         """
-        if self.broadcast is not None and self.broadcast.targets == tuple(targets):
-            return self.broadcast
-        await self.drop_group()
+        group = self.groups.get(outlet)
+        if group is not None and (group.targets, group.device) == (tuple(targets), device):
+            return group.opening
+        if group is not None:
+            await self._drop_group(outlet)
         # A server that does not join would keep the rendezvous waiting for the whole of the timeout.
-        new = Broadcast(targets, device, self.collective_s)
+        new = await outlet.open(targets, device)
+        self.groups[outlet] = Group(tuple(targets), device, new)
         offset, calls = 1, []
         for target in targets:
             body = {"master_address": new.host, "master_port": new.port, "rank_offset": offset}
@@ -74,32 +91,32 @@ class Link:
                 )
             )
             offset += target.ranks
-        self.broadcast = new
-        joined = asyncio.get_running_loop().run_in_executor(self.thread, new.join)
-        await _all_or_first_fault([*calls, joined], self.replace_thread)
+        await _all_or_first_fault([*calls, outlet.join()], outlet.leave)
         return new
-
-    def replace_thread(self) -> None:
-        """Leave a thread that hangs in a collective to its timeout, and go on with another."""
-        if self.broadcast is not None:
-            self.broadcast.close()
-            self.broadcast = None
-        self.thread.shutdown(wait=False, cancel_futures=True)
-        self.thread = ThreadPoolExecutor(1, "sglang-weights")
 
 
 class Transfer:
-    """One attempt to bring `targets` to the version called `tag`. `faults` says which servers fell out, and why."""
+    """One attempt to bring `targets` to the version called `tag`. `faults` says which servers fell out, and why.
+
+    Buckets may come from several outlets at once. A server takes one at a time, and all servers take them in the same
+    order: two that each wait for the other's broadcast would wait for ever.
+    """
 
     def __init__(self, link: Link, targets: Sequence[Target], tag: str) -> None:
         self.link = link
         self.tag = tag
         self.targets = list(targets)
         self.faults: dict[str, str] = {}
+        self.broken: list[Target] = []  # those whose broadcast broke off, by whosever fault
         self._begun = False
+        self._turn = asyncio.Lock()
 
-    async def send(self, bucket: Bucket) -> None:
+    async def send(self, bucket: Bucket | RemoteBucket) -> None:
         """Send one bucket to all servers that are still in."""
+        async with self._turn:
+            await self._send(bucket)
+
+    async def _send(self, bucket: Bucket | RemoteBucket) -> None:
         if self.link.method == "disk" or not self.targets:
             return
         if not self._begun:
@@ -118,6 +135,11 @@ class Transfer:
             )
         else:
             await self._broadcast(bucket)
+
+    async def settle(self) -> None:
+        """Of a transfer that is given up: let what is being sent end, and leave the groups."""
+        async with self._turn:
+            await self.link.drop_groups()
 
     async def end(self, snapshot: Snapshot) -> list[Target]:
         """Finish, and return the servers that confirmed the version. Generation goes on there."""
@@ -160,7 +182,7 @@ class Transfer:
                 f"{target.url}/model_info: weight_version is {held} after an update to {self.tag}"
             )
 
-    async def _broadcast(self, bucket: Bucket) -> None:
+    async def _broadcast(self, bucket: Bucket | RemoteBucket) -> None:
         """All servers or none: a broken broadcast leaves every server with some tensors of each version."""
         body = {
             "names": bucket.names,
@@ -169,18 +191,21 @@ class Transfer:
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
+        outlet = bucket.outlet if isinstance(bucket, RemoteBucket) else self.link.own
+        device = bucket.device if isinstance(bucket, RemoteBucket) else str(bucket.flat.device)
         try:
-            group = await self.link.group(self.targets, bucket.flat.device)
+            group = await self.link.group(outlet, self.targets, device)
             calls: list[Awaitable[Any]] = [
                 self._call(t, "/update_weights_from_distributed", body | {"group_name": group.name})
                 for t in self.targets
             ]
-            sent = asyncio.get_running_loop().run_in_executor(self.link.thread, group.send, bucket.flat)
-            await _all_or_first_fault([*calls, sent], self.link.replace_thread)
+            await _all_or_first_fault([*calls, outlet.send(bucket)], outlet.leave)
         except (ServerFault, Refused, RuntimeError) as error:
-            await self.link.drop_group()
-            self.faults |= {target.url: f"weight broadcast broke off: {error}" for target in self.targets}
-            self.targets = []
+            await self.link.drop_groups()
+            for target in self.targets:
+                own = str(error).startswith(f"{target.url}/")  # the client's errors begin with the URL
+                self.faults[target.url] = str(error) if own else f"weight broadcast broke off: {error}"
+            self.broken, self.targets = self.targets, []
 
     async def _call(self, target: Target, path: str, body: dict[str, Any]) -> Any:
         timeout_s = self.link.transfer_s if path in MOVES_WEIGHTS else self.link.control_s
@@ -200,13 +225,50 @@ class Transfer:
         self.targets = kept
 
 
-async def _all_or_first_fault(parts: list[Awaitable[Any]], on_fault: Callable[[], None]) -> None:
+async def complete(transfer: Transfer, snapshot: Snapshot) -> tuple[list[Target], dict[str, str]]:
+    """End a transfer; one whose broadcast broke off is repeated once from the snapshot, without the guilty servers.
+
+    Returns the servers that confirmed the version, and the faults of the others.
+    """
+    done = await transfer.end(snapshot)
+    if not transfer.broken:
+        return done, transfer.faults
+    well = await asyncio.gather(*(_answers(transfer.link, target) for target in transfer.broken))
+    rest = [target for target, answers in zip(transfer.broken, well, strict=True) if answers]
+    if len(rest) == len(transfer.broken):
+        # All live: then it is the one whose call failed first. (Where one has died, others fail of it, maybe before.)
+        rest = [target for target in rest if not transfer.faults[target.url].startswith(f"{target.url}/")]
+    log.warning(
+        "the weights are sent again to %d of %d servers: %s",
+        len(rest),
+        len(transfer.broken),
+        transfer.faults[transfer.broken[0].url],
+    )
+    again = Transfer(transfer.link, rest, transfer.tag)
+    for bucket in snapshot.buckets:
+        await again.send(bucket)
+    done = await again.end(snapshot)
+    confirmed = {target.url for target in done}
+    faults = {url: fault for url, fault in transfer.faults.items() if url not in confirmed}
+    return done, faults | again.faults
+
+
+async def _answers(link: Link, target: Target) -> bool:
+    # not /health: a server that is paused for an update does not answer it
+    try:
+        await link.client.info(target.url, link.control_s)
+    except (ServerFault, Refused):
+        return False
+    return True
+
+
+async def _all_or_first_fault(parts: list[Awaitable[Any]], on_fault: Callable[[], Awaitable[None]]) -> None:
     """Wait for all parts; at the first that fails call `on_fault`, which frees the others, and raise its error."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         await asyncio.gather(*tasks)
     except BaseException:
-        on_fault()
+        await on_fault()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
