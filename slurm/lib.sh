@@ -8,7 +8,7 @@
 #                        screen.log: what the nodes answered to the screening; screen.err: what Slurm and Python said of it
 #   attempts/latest      the newest of them
 #   attempts/ended       a line for each that has ended: its number, job, newest step, how (exit code, or "term")
-#   serving/             the same of the jobs of servers; converting/, evaluating/ of convert.sbatch and evaluate.sbatch
+#   serving/             the same of the jobs of servers; converting/, evaluating/, reporting/ of convert, evaluate and scaling.sbatch
 #   servers/             a file for each server that is up, and the key that they and the trainer have in common
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }

@@ -18,6 +18,7 @@ SCRIPTS = Path(__file__).parents[2] / "slurm"
 SCRIPT, SERVE, LIBRARY, RECIPE, SITE = "train.sbatch", "serve.sbatch", "lib.sh", "recipe.yaml", "site.yaml"
 AFTERWARDS = ("convert.sbatch", "evaluate.sbatch")  # for a person to submit, e.g. by a dependency
 ARRAY = "array.sbatch"  # of the runs of a sweep
+REPORT = "scaling.sbatch"  # of the runs of a scaling study
 OPTIONS_MARK = "# --- options of the cluster ---\n"
 FACTS_MARK = "# --- facts of the cluster and of this run ---\n"
 Options = Callable[["Job", Site], Iterator[str]]
@@ -168,11 +169,12 @@ def _fill(template: str, asked: str, known: str) -> str:
     return template.replace(OPTIONS_MARK, OPTIONS_MARK + asked).replace(FACTS_MARK, FACTS_MARK + known)
 
 
-def write(job: Job, site: Site, recipe: str) -> Path:
+def write(job: Job, site: Site, recipe: str, afterwards: Sequence[str] = AFTERWARDS) -> Path:
     """Write the files of a submission into <run>/submissions/<number>, which appears whole and checked; that folder.
 
     Args:
         recipe: the resolved configuration, as YAML.
+        afterwards: sbatch files of commands that follow the run, written beside its own.
 
     Raises:
         UserError: the project's slurm/ is not beside the package, a folder that the job needs is not in its container, or
@@ -185,7 +187,7 @@ def write(job: Job, site: Site, recipe: str) -> Path:
             )
 
     def files(folder: Path) -> Iterator[tuple[str, str]]:
-        for name, asked in scripts_of(job).items():
+        for name, asked in scripts_of(job, afterwards).items():
             yield name, script(job, site, folder, _template(name), asked)
         yield LIBRARY, _template(LIBRARY)
         yield RECIPE, recipe
@@ -231,10 +233,10 @@ def _template(name: str) -> str:
     return (SCRIPTS / name).read_text(encoding="utf-8")
 
 
-def scripts_of(job: Job) -> dict[str, Options]:
+def scripts_of(job: Job, afterwards: Sequence[str] = AFTERWARDS) -> dict[str, Options]:
     """The sbatch files of a submission, and what each asks of Slurm."""
     servers = {SERVE: servers_options} if job.servers_jobs else {}
-    return {SCRIPT: options} | servers | dict.fromkeys(AFTERWARDS, command_options)
+    return {SCRIPT: options} | servers | dict.fromkeys(afterwards, command_options)
 
 
 def check(file: Path) -> None:
@@ -265,6 +267,20 @@ def submit_array(folder: Path, runs: Sequence[Path]) -> str:
     for index, run in enumerate(runs):
         (run / JOB).write_text(f"{array}_{index}\n", encoding="utf-8")
     return array
+
+
+def submit_report(smallest: Path, jobs: Sequence[str], others: Sequence[Path]) -> str:
+    """Queue the report of a scaling study behind its jobs; its number.
+
+    `smallest` is the submission of the smallest run, `others` are the directories of the others. Should a run fail for good,
+    Slurm drops the report.
+    """
+    when = [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"]
+    return (
+        _ask(["sbatch", "--parsable", *when, str(smallest / REPORT), *map(str, others)])
+        .partition(";")[0]
+        .strip()
+    )
 
 
 def commands(folder: Path) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,21 +132,25 @@ def _with_servers(recipe: Path, words: list[str], shape: "Job") -> RunConfig:
     return load_recipe(recipe, [*words, *_servers_settings(config, submission.of_run(shape, config))])
 
 
-def _submit(folder: Path, config: RunConfig, shape: "Job", dry_run: bool) -> None:
+def _submit(folder: Path, config: RunConfig, shape: "Job", dry_run: bool) -> str | None:
+    """Queue a run; the number of its job, None of a dry run."""
     from gtpo_megatron.cluster import submission
 
     typer.echo(f"{shape.nodes} nodes x {shape.ranks_per_node} ranks: {folder / submission.SCRIPT}")
     if dry_run:
         for line in submission.commands(folder):
             typer.echo(shlex.join(line))
-        return
-    typer.echo(f"job {', '.join(submission.submit(folder))}; where it is: gtpo-megatron status {config.path}")
+        return None
+    jobs = submission.submit(folder)
+    typer.echo(f"job {', '.join(jobs)}; where it is: gtpo-megatron status {config.path}")
+    return jobs[0]
 
 
 def _submit_scaling(
     recipe: Path, words: list[str], shape: "Job", site: "Site", sizes: str, weak: bool, dry_run: bool
 ) -> None:
-    """A job for each number of nodes, all checked before the first is queued."""
+    """A job for each number of nodes, all checked before the first is queued, and one that writes the report of them."""
+    from gtpo_megatron.cluster import submission
     from gtpo_megatron.config.loading import load_recipe
     from gtpo_megatron.scaling.study import grown, node_counts, settings
 
@@ -156,13 +161,17 @@ def _submit_scaling(
         job = replace(shape, nodes=nodes, servers=servers, servers_jobs=jobs)
         own = settings(config, nodes, counts[0], "weak" if weak else "strong")
         sized = _with_servers(recipe, [*words, *own], job)
-        written.append((_write(sized, job, site), sized, job))
-    for folder, sized, job in written:
-        _submit(folder, sized, job, dry_run)
-    typer.echo(f"then: gtpo-megatron scaling-report {' '.join(str(sized.path) for _, sized, _ in written)}")
+        afterwards = submission.AFTERWARDS if written else (*submission.AFTERWARDS, submission.REPORT)
+        written.append((_write(sized, job, site, afterwards), sized, job))
+    jobs = [_submit(folder, sized, job, dry_run) for folder, sized, job in written]
+    smallest, *others = (Path(os.path.abspath(sized.path)) for _, sized, _ in written)
+    if not dry_run:
+        report = submission.submit_report(written[0][0], [job for job in jobs if job], others)
+        typer.echo(f"job {report}, behind them: the report, in {smallest.parent}")
+    typer.echo(f"at any time: gtpo-megatron scaling-report {shlex.join(map(str, [smallest, *others]))}")
 
 
-def _write(config: RunConfig, shape: "Job", site: "Site") -> Path:
+def _write(config: RunConfig, shape: "Job", site: "Site", afterwards: Sequence[str] | None = None) -> Path:
     """Check the run against its directory and its nodes, and write the files of its submission."""
     from gtpo_megatron.cluster import submission
     from gtpo_megatron.config.loading import to_yaml
@@ -171,7 +180,7 @@ def _write(config: RunConfig, shape: "Job", site: "Site") -> Path:
     job = submission.of_run(shape, config)
     check_allocation(config, job, site.compute_capability)
     check_directory(config)
-    return submission.write(job, site, to_yaml(config))
+    return submission.write(job, site, to_yaml(config), afterwards or submission.AFTERWARDS)
 
 
 def _submit_sweep(

@@ -315,6 +315,7 @@ def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) ->
             "convert.sbatch",
             ["convert", "megatron-to-hf", "{run}/checkpoints/latest", "{run}/converted", "--x"],
         ),
+        ("scaling.sbatch", ["scaling-report", "{run}", "--x"]),
         (
             "evaluate.sbatch",
             [
@@ -334,7 +335,7 @@ def test_the_key_of_servers_is_made_once_and_is_for_its_owner(tmp_path: Path) ->
     ],
 )
 def test_commands_after_a_run_have_its_facts(job: Job, tmp_path: Path, name: str, words: list[str]) -> None:
-    folder = write(job, a_site(partition="p"), "name: trial\n")
+    folder = write(job, a_site(partition="p"), "name: trial\n", [name])
     text = (folder / name).read_text()
     asked = options_of(text)
     assert asked[asked.index("--no-requeue") + 1 :][:5] == [

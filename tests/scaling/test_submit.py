@@ -58,7 +58,9 @@ def test_a_run_for_each_number_of_nodes(
         for nodes, batch in zip((1, 2, 4), batches, strict=True)
     }
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("then: gtpo-megatron scaling-report ") and last.endswith(f"trial-{kind}-4")
+    assert last.startswith("at any time: gtpo-megatron scaling-report ") and last.endswith(f"trial-{kind}-4")
+    reports = [path.parents[2].name for path in tmp_path.glob("runs/*/submissions/1/scaling.sbatch")]
+    assert reports == [f"trial-{kind}-1"]
 
 
 @pytest.mark.parametrize(
