@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 from common.machine import describe_machine
+from common.words import save_tokenizer
 from torch.distributed import ProcessGroupGloo, TCPStore
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.protocol import NamedTensor, PromptRequest, SamplingParams
@@ -57,8 +58,6 @@ PROMPT_TOKENS, OUTPUT_TOKENS, COMPLETIONS, CONCURRENCY = 64, 128, 256, 64
 
 def make_checkpoint(directory: Path, sizes: dict[str, Any], eos: str | None = None) -> PreTrainedModel:
     """A random Llama; without `eos`, which a trainer asks for, every completion has the length asked for."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     config = AutoConfig.for_model(
         "llama",
         **sizes,
@@ -70,11 +69,7 @@ def make_checkpoint(directory: Path, sizes: dict[str, Any], eos: str | None = No
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
-    vocabulary = {f"t{i}": i for i in range(sizes["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t0", eos_token=eos)
-    fast.save_pretrained(directory)
+    save_tokenizer(directory, sizes["vocab_size"], eos)
     return model
 
 

@@ -13,12 +13,9 @@ were measured, not measured themselves. Prints one line a world and writes bench
 """
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import os
-import socket
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common.machine import describe_machine
+from common.process import forget_peak, received_bytes, status
 
 from gtpo_megatron import control
 from gtpo_megatron.trajectories.packing import plan_micro_batches
@@ -41,8 +39,6 @@ BUDGET = 8192
 WAIT_S = 2.0
 LARGE = {"ranks": 1024, "completions": 512 * 16, "prompt": 120, "tokens": 2000}  # what is extrapolated to
 GIB = 1 << 30
-BYTES_RECEIVED = 128  # where tcpi_bytes_received stands in Linux's struct tcp_info
-LIBC = ctypes.CDLL("libc.so.6")
 
 
 def make_batch() -> list[Trajectory]:
@@ -109,8 +105,7 @@ def measured(
 ) -> dict[str, Any]:
     """Bytes received, growth of the peak resident set and seconds of one step on this rank."""
     dist.barrier(control.group())
-    LIBC.malloc_trim(0)  # what an earlier step left must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    forget_peak()
     before, received, started = status("VmRSS"), received_bytes(), time.perf_counter()
     own = step(batch)
     seconds = time.perf_counter() - started
@@ -120,26 +115,6 @@ def measured(
         "seconds": seconds,
         "own_rows": own,
     }
-
-
-def received_bytes() -> int:
-    """Bytes that the kernel has received for this process's TCP connections, gloo's headers included."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, BYTES_RECEIVED)[0]
-        except OSError:
-            continue  # a file, or one that is closed by now
-    return total
-
-
-def status(name: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def waiting() -> float:

@@ -1,6 +1,6 @@
 """A plain receiver of weights: speaks SGLang's calls of an update, and keeps the tensors, without a model.
 
-For tests of what the trainer does. By itself, `python -m benchmarks.common.receiver`,
+For tests and `benchmarks/weights.py`, which is about what the trainer does. By itself, `python -m benchmarks.common.receiver`,
 it prints its URL; with `--die-at PATH:N` its process ends without a word when it is asked for PATH for the N-th time, in a
 broadcast when the first bytes are due.
 """
