@@ -10,7 +10,6 @@ node, no lease in its directory, no job in the queue. Ends with 1 if anything do
 (Debian's, installed if they are missing); every fault is listed.
 """
 
-import os
 import random
 import shutil
 import sys
@@ -34,7 +33,7 @@ from gtpo_megatron.errors import UserError  # noqa: E402
 from gtpo_megatron.run.directory import read_status  # noqa: E402
 from gtpo_megatron.run.metrics import read_metrics  # noqa: E402
 from gtpo_megatron.run.verify_resume import compare  # noqa: E402
-from tests.slurm.runs import TRAIN, hold, steps  # noqa: E402
+from tests.slurm.runs import TRAIN, hold, steps, user_environment  # noqa: E402
 from tests.slurm.virtual import CannotRun, VirtualSlurm, install  # noqa: E402
 from tests.tiny_models import make_tiny_checkpoint  # noqa: E402
 
@@ -60,13 +59,7 @@ class Chaos:
     def __post_init__(self) -> None:
         self.run = self.directory / "runs" / "wild"
         self.steps = STEPS_PER_FAULT * (self.faults + 1)
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        self.environment = kept | {
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        self.environment = user_environment()
         self._write_inputs()
 
     def _write_inputs(self) -> None:

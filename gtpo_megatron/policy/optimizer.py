@@ -64,10 +64,8 @@ def build_optimizer(config: OptimizerConfig, policy: Policy, steps: int) -> Opti
         fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
     )
     if config.offload:
-        for (
-            name,
-            value,
-        ) in _ON_HOST.items():  # set, since 0.16's constructor fails on them without Transformer Engine
+        # not by the constructor, which fails on them without Transformer Engine (megatron-core 0.16)
+        for name, value in _ON_HOST.items():
             setattr(settings, name, value)
     megatron = get_megatron_optimizer(settings, policy.chunks)
     policy.config.grad_scale_func = megatron.scale_loss

@@ -1,6 +1,5 @@
 """One virtual cluster for all tests here, and small runs for it."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,8 @@ import yaml
 
 from gtpo_megatron.cluster.record import job_ids
 from tests.sglang.conftest import sglang_python as sglang_python  # the fixture
-from tests.slurm.runs import TRAIN
+from tests.slurm.runs import TRAIN, user_environment
 from tests.slurm.virtual import CannotRun, VirtualSlurm, install
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Of a user on the login node, whose jobs take it over: this project's code, and nothing of an outer launcher."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return kept | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return user_environment()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What tests see of runs on the virtual cluster, and how they hold them."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,18 @@ from typing import Any
 from gtpo_megatron.run.metrics import is_measured, read_metrics
 
 TRAIN = (sys.executable, "-m", "gtpo_megatron")
+ROOT = Path(__file__).parents[2]
+
+
+def user_environment() -> dict[str, str]:
+    """Of a user on the login node, whose jobs take it over: this project's code, and nothing of an outer launcher."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:

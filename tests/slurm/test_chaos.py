@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.slurm.conftest import ROOT
+from tests.slurm.runs import ROOT
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm

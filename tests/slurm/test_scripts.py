@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT
+from tests.slurm.runs import ROOT
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
