@@ -1,17 +1,19 @@
 """The export of one pipeline stage: its tensors, gathered over the ranks of the first replica that hold parts of them.
 
 Megatron-Bridge's own export brings every tensor to every rank. Here the first rank of each stage (of its tensor, context
-and data-parallel groups) gets the stage's tensors and no other; the ranks that it gathers from see one tensor at a time, and
-all other ranks have nothing to do. No stage waits for another.
+and data-parallel groups) gets the stage's tensors and no other; the ranks that it gathers from send it their parts and
+hold none of another's, and all other ranks have nothing to do. No stage waits for another.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -24,7 +26,6 @@ from gtpo_megatron.policy.model import Policy, without_padding
 with platform.importing_bridge():
     from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
 
-_FROM_OTHER_STAGES = ("broadcast_from_pp_rank", "broadcast_obj_from_pp_rank")
 
 
 def is_sender() -> bool:
@@ -52,9 +53,10 @@ class StageExport:
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) on the device of the weights, adapters merged.
 
-        Collective over the ranks that the sender gathers from, for which it is the same; on all others it ends at once. A
-        tensor may share the memory of the parameter that it comes from. With adapters, the stages say to each other at
-        the start which they have.
+        Collective over the ranks that the sender gathers from; there tensors that are put together of parts are on the meta
+        device. On all other ranks it ends at once. A tensor may share the memory of the parameter that it comes from. With
+        adapters, the stages say to each other at the start which they have, and the ranks gathered from get the tensors too:
+        merging needs them.
         """
         if not self._tasks:
             return
@@ -67,7 +69,7 @@ class StageExport:
         )
         iterator = iter(tensors)
         while True:
-            with _within_stage():
+            with _within_stage(to_sender=self._policy.peft is None):
                 named = next(iterator, None)
             if named is None:
                 return
@@ -95,11 +97,20 @@ def check_stages(policy: Policy, source: str | Path, stages: Iterable[list[tuple
 
 
 @contextmanager
-def _within_stage() -> Iterator[None]:
-    """Bridge's mappings take what a stage holds as it is, where they would broadcast it to all stages."""
-    kept = {name: getattr(MegatronParamMapping, name) for name in _FROM_OTHER_STAGES}
-    for name in kept:
-        setattr(MegatronParamMapping, name, _as_it_is)
+def _within_stage(*, to_sender: bool) -> Iterator[None]:
+    """Bridge's mappings take what a stage holds as it is, where they would broadcast it to all stages.
+
+    `to_sender`: they bring parts to the first rank of a group alone, where they would bring them to all.
+    """
+    methods: dict[str, Callable[..., Any]] = {
+        "broadcast_from_pp_rank": _as_it_is,
+        "broadcast_obj_from_pp_rank": _as_it_is,
+    }
+    if to_sender:
+        methods |= {"gather_from_tp_ranks": _tensor_parts, "gather_from_ep_ranks": _experts}
+    kept = {name: getattr(MegatronParamMapping, name) for name in methods}
+    for name, method in methods.items():
+        setattr(MegatronParamMapping, name, method)
     try:
         yield
     finally:
@@ -109,3 +120,41 @@ def _within_stage() -> Iterator[None]:
 
 def _as_it_is(mapping: Any, value: Any, cache_key: str | None = None) -> Any:
     return value
+
+
+def _tensor_parts(mapping: Any, part: Tensor) -> list[Tensor]:
+    """The parts of all tensor ranks, for `MegatronParamMapping.gather_from_tp_ranks`."""
+    return _at_first(part, mapping.tp_group)
+
+
+def _experts(mapping: Any, weight: Tensor, module: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of the experts that stand in the same place on each expert rank, by Hugging Face name, for
+    `MegatronParamMapping.gather_from_ep_ranks`.
+    """
+    a_rank = mapping._get_config(module).num_moe_experts // mapping.ep_size
+    place = int(re.search(r"experts\.(\d+)", name)[1]) % a_rank
+    return {
+        re.sub(r"experts\.\d+", f"experts.{place + rank * a_rank}", name): part
+        for rank, part in enumerate(_at_first(weight, mapping.ep_group))
+    }
+
+
+def _at_first(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The parts [ranks of the group], all shaped alike, on the group's first rank; on the others as many on the meta device.
+
+    What the caller puts together of them costs the others nothing. No copy of a part is made on the way, as the backends'
+    own gather would make of all.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) == 1:
+        return [part]
+    part = part.detach().contiguous()
+    if dist.get_rank() == ranks[0]:
+        parts = [part, *(torch.empty_like(part) for _ in ranks[1:])]
+        calls = [dist.P2POp(dist.irecv, p, r, group) for p, r in zip(parts[1:], ranks[1:], strict=True)]
+    else:
+        parts = [torch.empty_like(part, device="meta")] * len(ranks)
+        calls = [dist.P2POp(dist.isend, part, ranks[0], group)]
+    for work in dist.batch_isend_irecv(calls):
+        work.wait()
+    return parts
