@@ -41,12 +41,16 @@ def send(checkpoint: Path, parallel: ParallelConfig, lora: dict[str, Any] | None
     from gtpo_megatron.run.weights import StageWeights
 
     exported: list[str] = []
+    held: list[str] = []
     stream = StageExport.stream
 
     def watched(export: StageExport) -> Any:
         exported.clear()
+        held.clear()
         for name, tensor in stream(export):
             exported.append(name)
+            if not tensor.is_meta:
+                held.append(name)
             yield name, tensor
 
     initialize_parallel(parallel, seed=0)
@@ -65,6 +69,7 @@ def send(checkpoint: Path, parallel: ParallelConfig, lora: dict[str, Any] | None
         return {
             "stage": parallel_state.get_pipeline_model_parallel_rank(),
             "exported": exported,
+            "held": held,
             "whole": whole if receivers else None,
             "received": [{name: bits(t) for name, t in r.tensors.items()} for r in receivers],
             "names": [receiver.names for receiver in receivers],
@@ -98,6 +103,13 @@ def test_other_replicas_export_nothing(ranks: RankPool, tiny_checkpoint: Any) ->
     results = ranks.run(4, send, tiny_checkpoint("qwen3"), ParallelConfig(pipeline=2), None)
     check(results)
     assert [bool(result["exported"]) for result in results] == [True, False, True, False]
+
+
+def test_a_rank_that_is_gathered_from_holds_no_tensor_of_parts(ranks: RankPool, tiny_checkpoint: Any) -> None:
+    sender, other = ranks.run(2, send, tiny_checkpoint("qwen3"), ParallelConfig(tensor=2), None)
+    assert sender["held"] == sender["exported"] == other["exported"]
+    assert other["held"] and all("norm" in name for name in other["held"])  # each rank has them whole
+    assert not any("norm" in name for name in set(other["exported"]) - set(other["held"]))
 
 
 def check(results: list[dict[str, Any]]) -> None:
