@@ -27,7 +27,6 @@ with platform.importing_bridge():
     from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
 
 
-
 def is_sender() -> bool:
     """Whether this rank is the one of its stage that gets the tensors."""
     first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
