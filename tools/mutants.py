@@ -6,35 +6,33 @@ tools/mutants.py --mutants 0 --only algorithm   every mutant of the files whose 
 tools/mutants.py --seed 1 --output docs/results/mutants.md
 
 A mutant is one change: a comparison, an operator, a constant, a condition, a min or max, a sum or mean. It is killed when a
-test of the file's own fails, errs, or takes five times as long as without it. The tests run in a copy of the tree, in
-processes forked from one that has imported torch already. Survivors are listed with file, line and change: close them by a
-test, or say in EQUIVALENT why no test can tell them apart.
+test of the file's own fails, errs, or takes many times as long as without it (`mutants_bench.py`). Survivors are listed with
+file, line and change: close them by a test, or say in EQUIVALENT why no test can tell them apart.
 """
 
 import ast
-import contextlib
-import os
 import random
-import shutil
-import signal
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from mutants_bench import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 # a file or folder of the package -> the tests that are to notice, fastest first
 TESTS: dict[str, tuple[str, ...]] = {
-    "algorithm": ("tests/algorithm", "tests/policy/test_head_reference_entropy.py"),
+    "algorithm": ("tests/algorithm",),
     "trajectories": ("tests/trajectories",),
-    "policy/head/function.py": ("tests/policy/test_head.py",),
+    "policy/head/function.py": (
+        "tests/policy/test_head.py",
+        "tests/policy/test_head_tensor_parallel.py",
+        "tests/policy/test_head_reference_entropy.py",
+    ),
     "policy/head/tiles.py": ("tests/policy/test_tiles.py", "tests/policy/test_head.py"),
-    "policy/head/torch_head.py": ("tests/policy/test_head.py",),
+    "policy/head/torch_head.py": ("tests/policy/test_head.py", "tests/policy/test_head_reference_entropy.py"),
     "policy/objective.py": ("tests/policy/test_objective.py",),
     "run/batches.py": ("tests/run/test_batches.py",),
     "rollout/collect.py": ("tests/rollout/test_collect.py",),
@@ -51,7 +49,7 @@ NAMES = {"min": "max", "max": "min", "amax": "amin", "minimum": "maximum", "maxi
          "sum": "mean", "mean": "sum", "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
 # (path, change, what its line holds) of survivors that no test can tell from the original, and why
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    ("algorithm/baselines.py", "`0.0` to `1.0`", ""): "what replaces an uncounted log-probability is multiplied by weight 0",
+    ("algorithm/baselines.py", "`0.0` to `1.0`", "torch.where(weights != 0, logprobs"): "what replaces an uncounted log-probability is multiplied by weight 0",
     ("algorithm/conflicts.py", "`BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`", ""): "a wider block: speed alone",
     ("algorithm/conflicts.py", "`2` to `3`", "2 * width"): "how fast the blocks widen: speed alone",
     ("trajectories/analysis.py", "`1` to `2`", "max(int(lengths.sum()), 1)"): "without tokens there is nothing to divide",
@@ -141,58 +139,6 @@ def _is_annotation(node: ast.BinOp) -> bool:
     return any(isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right))
 
 
-class Bench:
-    """A copy of the tree in which tests run, forked from this process."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        for name in ("gtpo_megatron", "tests", "pyproject.toml"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, directory / name)
-        os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"}
-        sys.dont_write_bytecode = True
-
-    def passes(self, tests: tuple[str, ...], limit_s: float) -> bool:
-        """Whether the tests pass within the limit, in a process of their own."""
-        child = os.fork()
-        if not child:
-            os.setsid()  # ended with all that it has started
-            os._exit(self._run(tests))
-        end = time.monotonic() + limit_s
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return status == 0
-            time.sleep(0.02)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return False
-
-    def _run(self, tests: tuple[str, ...]) -> int:
-        import pytest
-
-        os.chdir(self.directory)
-        sys.path[:] = [
-            str(self.directory),
-            *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tools")),
-        ]
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
-
-    @contextlib.contextmanager
-    def mutated(self, mutant: Mutant) -> Iterator[None]:
-        """The copy with one file changed."""
-        path = self.directory / "gtpo_megatron" / mutant.path
-        original = path.read_text(encoding="utf-8")
-        path.write_text(mutant.source, encoding="utf-8")
-        try:
-            yield
-        finally:
-            path.write_text(original, encoding="utf-8")
-
-
 def sources(only: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Files to mutate, with their tests."""
     for place, tests in TESTS.items():
@@ -259,15 +205,10 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the table there as well")] = None,
 ) -> None:
     """Mutate, test, print the table. Exit code 1 when a mutant survives that is not argued to be equivalent."""
-    import torch  # noqa: F401  before the forks, which then need not import it
-
-    chance = random.Random(seed)
+    output = output and output.resolve()
     with tempfile.TemporaryDirectory() as directory:
-        bench, seconds = Bench(Path(directory)), {}
-        outcomes = [
-            tried(bench, path, tests, mutants_per_file, seed, chance, seconds)
-            for path, tests in sources(only)
-        ]
+        bench = Bench(ROOT, Path(directory).resolve())
+        outcomes = [tried(bench, path, tests, mutants_per_file, seed) for path, tests in sources(only)]
     typer.echo(page(outcomes))
     if output is not None:
         previous = output.read_text(encoding="utf-8") if output.exists() else ""
@@ -275,29 +216,18 @@ def main(
     raise typer.Exit(int(any(not mutant.equivalent for outcome in outcomes for mutant in outcome.survivors)))
 
 
-def tried(
-    bench: Bench,
-    path: str,
-    tests: tuple[str, ...],
-    count: int,
-    seed: int,
-    chance: random.Random,
-    seconds: dict[tuple[str, ...], float],
-) -> Outcome:
-    """A sample of a file's mutants against its tests. `seconds` keeps how long the tests last without any change."""
-    if tests not in seconds:
-        started = time.monotonic()
-        if not bench.passes(tests, 1800):
-            raise typer.BadParameter(f"{' '.join(tests)} fail without any change; mend them first")
-        seconds[tests] = time.monotonic() - started
+def tried(bench: Bench, path: str, tests: tuple[str, ...], count: int, seed: int) -> Outcome:
+    """A sample of a file's mutants against its tests."""
+    bench.learn(tests)
+    bench.check(path, tests)
     every = mutants(path, (ROOT / "gtpo_megatron" / path).read_text(encoding="utf-8"))
-    chosen = every if not count else chance.sample(every, min(count, len(every)))
+    # a file's own sample, whichever files are tried beside it
+    chosen = every if not count else random.Random(f"{seed} {path}").sample(every, min(count, len(every)))
     survivors = []
     for mutant in sorted(chosen, key=lambda m: m.line):
-        with bench.mutated(mutant):
-            if bench.passes(tests, 30 + 5 * seconds[tests]):
-                survivors.append(mutant)
-                typer.echo(f"survived: {mutant.path}:{mutant.line} {mutant.change}", err=True)
+        if not bench.kills(path, mutant.line, mutant.source, tests):
+            survivors.append(mutant)
+            typer.echo(f"survived: {mutant.path}:{mutant.line} {mutant.change}", err=True)
     sample = "all" if len(chosen) == len(every) else f"of {len(every)}, seed {seed}"
     return Outcome(path, sample, len(chosen), survivors)
 

@@ -47,6 +47,13 @@ def test_small_rewards_are_no_rounding() -> None:
     assert result.tolist() == pytest.approx([-1e-9, 1e-9], rel=1e-6)
 
 
+def test_what_counts_as_rounding_is_five_units_of_the_largest_reward() -> None:
+    unit = torch.finfo(torch.float64).eps
+    for units, sign in ((8, 0), (10, 0), (12, 1), (20, 1)):  # an advantage is half of the difference
+        rewards = torch.tensor([1.0 - units * unit, 1.0], dtype=torch.float64)
+        assert algorithm.group_advantages(rewards, torch.tensor([0, 0])).sign().tolist() == [-sign, sign]
+
+
 def test_a_completion_without_advantage_keeps_weight_one_whatever_its_runs() -> None:
     one = torch.tensor([1])
     weights = algorithm.token_weights(one, one, torch.tensor([3]), torch.zeros(1), 3)
@@ -66,20 +73,21 @@ def test_different_positions_may_be_matched_by_completions_whose_own_run_has_end
     assert suffix.tolist() == [0, 0, 0, 0]
 
 
+class Watched(Tensor):
+    """Counts the elements that are copied from it or from a view of it."""
+
+    read = 0
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if not isinstance(result, Tensor) or function is Tensor.as_strided:
+            return result
+        cls.read += result.numel()
+        return result.as_subclass(Tensor)
+
+
 def test_conflict_runs_reads_no_position_beyond_the_first_block_after_the_runs() -> None:
-    class Watched(Tensor):
-        """Counts the elements that are copied from it or from a view of it."""
-
-        read = 0
-
-        @classmethod
-        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = super().__torch_function__(function, types, args, kwargs or {})
-            if not isinstance(result, Tensor) or function is Tensor.as_strided:
-                return result
-            cls.read += result.numel()
-            return result.as_subclass(Tensor)
-
     ids = torch.arange(4 * 100_000).view(4, 100_000)
     ids[:, :20] = 5
     Watched.read = 0
@@ -89,6 +97,18 @@ def test_conflict_runs_reads_no_position_beyond_the_first_block_after_the_runs()
     assert prefix.tolist() == [20] * 4
     assert suffix.tolist() == [0] * 4
     assert 0 < Watched.read < 4 * 2 * 100
+
+
+def test_conflict_runs_reads_on_only_in_groups_whose_runs_go_on() -> None:
+    ids = torch.arange(20 * 1000).view(20, 1000)
+    ids[:2] = 5  # identical: runs of the whole length; the other nine groups differ from the first token on
+    Watched.read = 0
+    signs, groups = torch.tensor([1.0, -1.0]).repeat(10), torch.arange(10).repeat_interleave(2)
+    lengths = torch.full((20,), 1000)
+    prefix, suffix = algorithm.conflict_runs(ids.as_subclass(Watched), lengths, signs, groups)
+    assert prefix.tolist() == suffix.tolist() == [1000] * 2 + [0] * 18
+    longest, shortest = 2 * 2 * 1000, 2 * 18 * 8  # both directions; blocks may be read beyond the end
+    assert longest < Watched.read < 2 * longest + 2 * shortest
 
 
 def test_conflict_runs_of_transposed_and_sliced_ids() -> None:
@@ -140,6 +160,14 @@ def test_gate_modes() -> None:
     assert gate(0.71, "paper") == gate(0.71, "only_negative") == gate(0.5, "off") == [1, 1, 1, 1]
     assert gate(0.7, "paper") == gate(0.71, "always") == [1, 0, 0, 1]
     assert gate(0.7, "only_negative") == [1, 0, 1, 1]
+    no_side = algorithm.entropy_gate(entropy, 0.7, 0.7, "only_negative", torch.zeros(4))
+    assert no_side.tolist() == [1, 1, 1, 1]  # without advantage is not negative
+
+
+def test_the_threshold_is_ln_2_by_default() -> None:
+    around = torch.tensor([0.693, 0.694], dtype=torch.float64)
+    assert algorithm.entropy_gate(around, 0.693).tolist() == [1, 0]
+    assert algorithm.entropy_gate(around, 0.694).tolist() == [1, 1]
 
 
 def test_a_broken_entropy_shows_in_the_loss() -> None:

@@ -67,6 +67,16 @@ def test_grpo_on_policy_is_the_policy_gradient() -> None:
     assert diagnostics.clip_fraction.item() == diagnostics.mean_kl.item() == 0
 
 
+def test_only_a_ratio_beyond_its_bound_is_clipped_and_only_where_there_is_an_advantage() -> None:
+    one, lengths = torch.ones(3, 1, dtype=torch.float64), torch.ones(3, dtype=torch.int64)
+    advantages = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    _, at_the_bounds = grpo_loss(one, one, advantages, lengths, 3, clip_low=0.0, clip_high=0.0)
+    assert at_the_bounds.clip_fraction.item() == 0
+    for old in (0.0, 2.0):  # ratios of e and 1 / e: each is beyond one bound, and the third has no side
+        _, beyond = grpo_loss(one, one, advantages, lengths, 3, old_logprobs=old * one)
+        assert beyond.clip_fraction.item() == pytest.approx(1 / 3)
+
+
 def test_sft_is_the_mean_over_tokens_of_the_step() -> None:
     new = rows(1).requires_grad_()
     parts = [sft_loss(new[:2], inside()[:2], 8), sft_loss(new[2:], inside()[2:], 8)]
@@ -114,6 +124,14 @@ def test_the_mean_kl_of_a_single_token_is_its_own() -> None:
     new = torch.zeros(1, 1, dtype=torch.float64)
     _, diagnostics = grpo_loss(new, one, new[0], length, 1, ref_logprobs=new + 0.5, beta=0.1)
     assert diagnostics.mean_kl.item() == pytest.approx(math.exp(0.5) - 1.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_single_token_above_the_cap_is_the_whole_share(level: str) -> None:
+    result = importance_weights(
+        torch.zeros(1, 1), torch.full((1, 1), -1.0), torch.tensor([1]), level=level, cap=2.0
+    )
+    assert (result.weights.item(), result.truncated_share.item()) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

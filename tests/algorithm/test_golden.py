@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtpo_megatron import algorithm
-from gtpo_megatron.algorithm import REFERENCE_GAMMA, REFERENCE_THRESHOLD
+from gtpo_megatron.algorithm import REFERENCE_ENTROPY_FLOOR, REFERENCE_GAMMA, REFERENCE_THRESHOLD
 
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "golden.json").read_text("utf-8")
@@ -84,7 +84,9 @@ def test_loss_and_gradient_from_logits(index: int, compat: str) -> None:
     logits = padded(case["logits"], torch.float64).requires_grad_()
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    token_entropy = -(p * (p.clamp(min=1e-6).log() if compat == "reference" else log_p)).sum(-1)
+    token_entropy = -(
+        p * (p.clamp(min=REFERENCE_ENTROPY_FLOOR).log() if compat == "reference" else log_p)
+    ).sum(-1)
     inside = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
     entropy = (token_entropy * inside).sum(1) / lengths
     if compat == "paper":

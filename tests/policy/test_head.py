@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +11,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gtpo_megatron.policy import head
 from gtpo_megatron.policy.head import TokenStatistics, function, tiles, token_statistics
 
 ROWS, WIDTH, VOCABULARY, PADDED = 37, 16, 101, 128
+
+
+@pytest.fixture(autouse=True)
+def _memory_that_was_not_written_is_nan() -> Iterator[None]:
+    """PyTorch fills `empty` with NaN where algorithms have to be deterministic: what is read unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def materialised(
@@ -32,6 +43,7 @@ def make(
     hidden = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) * scale
     weight = torch.randn(PADDED, WIDTH, generator=generator, dtype=torch.float64)
     targets = torch.randint(VOCABULARY, (rows,), generator=generator)
+    targets[:2] = torch.tensor([0, VOCABULARY - 1])[:rows]
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
@@ -236,6 +248,53 @@ def test_logits_wait_in_the_memory_of_the_weights_gradient(
         assert relative(ours, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("width", [15, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_waiting_logits_may_share_an_odd_number_of_halves(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two numbers of a bfloat16 gradient hold one logit, and 101 x 15 of them are odd."""
+    found = []
+    for workspace in (0, 1 << 20):  # logits wait in the gradient's memory alone; all are kept beside it
+        monkeypatch.setitem(tiles.WORKSPACE_BYTES, "cpu", workspace)
+        hidden, weight, targets = make(dtype)
+        hidden, weight = (x[:, :width].detach().requires_grad_() for x in (hidden, weight))
+        statistics = token_statistics(
+            hidden, weight, targets, vocab_size=VOCABULARY, token_tile=5, vocab_tile=17
+        )
+        found.append(gradients(statistics, hidden, weight))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.isfinite().all() and relative(ours, theirs) < (2e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("tiles_kept", [0, 1, 2, 6])
+def test_as_many_tiles_are_kept_as_the_workspace_has_room_for(
+    tiles_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a `main_grad` no memory is lent: what the backward does not multiply again was kept beside the workspace."""
+    tile, count = (
+        ROWS * 17 * 8,
+        6,
+    )  # bytes of a tile of 17 columns; 101 columns are cut into six, the last of 16
+    monkeypatch.setitem(tiles.WORKSPACE_BYTES, "cpu", (2 + tiles_kept) * tile)
+    products = 0
+
+    def multiply(left: Tensor, right: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
+        nonlocal products
+        products += 1
+        tiles.multiply(left, right, out, scale=scale)
+
+    monkeypatch.setattr(function, "multiply", multiply)
+    hidden, weight, targets = make()
+    main_grad = torch.zeros_like(weight)
+    statistics = token_statistics(
+        hidden, weight, targets, vocab_size=VOCABULARY, main_grad=main_grad, token_tile=ROWS, vocab_tile=17
+    )
+    assert products == count
+    gradients(statistics, hidden)
+    assert products == count + count - tiles_kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_no_tokens(dtype: torch.dtype) -> None:
     hidden, weight, targets = make(dtype, rows=0)
@@ -271,6 +330,20 @@ def test_id_outside_the_vocabulary(bad: int) -> None:
     targets[5] = bad
     with pytest.raises(ValueError, match=rf"targets\[5\]: id {bad} .* \[0, {VOCABULARY}\)"):
         token_statistics(hidden, weight, targets, vocab_size=VOCABULARY)
+
+
+def test_id_outside_the_vocabulary_is_nan_where_ids_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where looking at them would wait for it."""
+    monkeypatch.setattr(head, "_check", lambda *_: None)
+    hidden, weight, targets = make()
+    expected = token_statistics(hidden, weight, targets, vocab_size=VOCABULARY).logprobs.tolist()
+    for row, bad in ((5, -1), (6, VOCABULARY), (7, PADDED), (8, 10**6)):
+        targets[row], expected[row] = bad, math.nan
+    actual = token_statistics(hidden, weight, targets, vocab_size=VOCABULARY)
+    assert actual.logprobs.tolist() == pytest.approx(expected, nan_ok=True, abs=0)
+    assert actual.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -322,17 +395,24 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_a_workspace_and_no_plane(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_weight", ["its own", "main_grad", "none"])
+def test_memory_is_a_workspace_and_no_plane(
+    dtype: torch.dtype, of_weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = 1 << 20
     monkeypatch.setitem(tiles.WORKSPACE_BYTES, "cpu", workspace)
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", workspace // 4)
-    rows, width, vocabulary = 512, 8, 20_000
+    rows, width, vocabulary = 512, 64, 9000
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_(of_weight != "none")
+    main_grad = torch.zeros_like(weight) if of_weight == "main_grad" else None
     targets = torch.randint(vocabulary, (rows,))
     with PeakStorage() as storages:
-        token_statistics(hidden, weight, targets, vocab_size=vocabulary).logprobs.sum().backward()
-    gradients_bytes = weight.nbytes + 2 * rows * width * 4 + hidden.nbytes
+        statistics = token_statistics(hidden, weight, targets, vocab_size=vocabulary, main_grad=main_grad)
+        statistics.logprobs.sum().backward()
+    own = weight.nbytes if of_weight == "its own" else 0
+    assert weight.nbytes > workspace
+    gradients_bytes = own + 2 * rows * width * 4 + hidden.nbytes
     per_token = 256
     assert workspace // 2 < storages.peak < workspace + gradients_bytes + rows * per_token
 
