@@ -58,7 +58,7 @@ class Bench:
     """of the tests of a file, by node id"""
 
     def __post_init__(self) -> None:
-        for name in (PACKAGE, "tests", "tools", "docs", "recipes", "pyproject.toml"):
+        for name in (PACKAGE, "tests", "pyproject.toml"):
             copy = shutil.copytree if (self.root / name).is_dir() else shutil.copy
             copy(self.root / name, self.directory / name)
         os.environ |= {
@@ -71,9 +71,7 @@ class Bench:
         sys.path[:] = [str(self.directory), *(p for p in sys.path if Path(p or ".").resolve() not in ours)]
         os.chdir(self.directory)
         import hypothesis
-        import torch
 
-        torch.set_num_threads(1)
         # The first failure is enough: no search for a smaller one, and the same examples for every mutant.
         phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
         hypothesis.settings.register_profile(
