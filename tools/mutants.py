@@ -22,17 +22,19 @@ import typer
 from mutants_bench import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
-# a file or folder of the package -> the tests that are to notice, fastest first
+HEAD_TESTS = (
+    "tests/policy/test_tiles.py",
+    "tests/policy/test_head.py",
+    "tests/policy/test_head_tensor_parallel.py",
+    "tests/policy/test_head_reference_entropy.py",
+)
+# a file or folder of the package -> the tests that are to notice
 TESTS: dict[str, tuple[str, ...]] = {
     "algorithm": ("tests/algorithm",),
     "trajectories": ("tests/trajectories",),
-    "policy/head/function.py": (
-        "tests/policy/test_head.py",
-        "tests/policy/test_head_tensor_parallel.py",
-        "tests/policy/test_head_reference_entropy.py",
-    ),
-    "policy/head/tiles.py": ("tests/policy/test_tiles.py", "tests/policy/test_head.py"),
-    "policy/head/torch_head.py": ("tests/policy/test_head.py", "tests/policy/test_head_reference_entropy.py"),
+    "policy/head/function.py": HEAD_TESTS,
+    "policy/head/tiles.py": HEAD_TESTS,
+    "policy/head/torch_head.py": HEAD_TESTS,
     "policy/objective.py": ("tests/policy/test_objective.py",),
     "run/batches.py": ("tests/run/test_batches.py",),
     "rollout/collect.py": ("tests/rollout/test_collect.py",),
@@ -208,11 +210,13 @@ def main(
     output = output and output.resolve()
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(ROOT, Path(directory).resolve())
-        outcomes = [tried(bench, path, tests, mutants_per_file, seed) for path, tests in sources(only)]
+        outcomes = []
+        for path, tests in sources(only):
+            outcomes.append(tried(bench, path, tests, mutants_per_file, seed))
+            if output is not None:  # after each file: a trial that is ended early leaves what it found
+                previous = output.read_text(encoding="utf-8") if output.exists() else ""
+                output.write_text(f"{TITLE}{page(outcomes, previous)}", encoding="utf-8")
     typer.echo(page(outcomes))
-    if output is not None:
-        previous = output.read_text(encoding="utf-8") if output.exists() else ""
-        output.write_text(f"{TITLE}{page(outcomes, previous)}", encoding="utf-8")
     raise typer.Exit(int(any(not mutant.equivalent for outcome in outcomes for mutant in outcome.survivors)))
 
 
