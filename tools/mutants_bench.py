@@ -31,7 +31,7 @@ ELSEWHERE = (
     "/tests/parallel/pool.py",
 )  # a test that enters these runs in other processes too
 PATIENCE_S = 5  # of processor time, for a test that takes next to none
-LIMIT_S = 30  # of waiting, for tests that take next to none
+LIMIT_S = 120  # of waiting, for tests that take next to none: on a busy machine that is not long
 QUICK_S = 1
 
 
@@ -65,6 +65,7 @@ class Bench:
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": str(self.directory),
             "OMP_NUM_THREADS": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins that packages bring are loaded for each trial, and none is needed
         }
         sys.dont_write_bytecode = True
         ours = (self.root, self.root / "tools")
@@ -117,9 +118,10 @@ class Bench:
 
     def _pass(self, path: str, source: str, tests: tuple[str, ...], which: Callable[[Known], bool]) -> bool:
         chosen = {name: known.seconds for name, known in self.known[tests].items() if which(known)}
-        limit = LIMIT_S + 5 * sum(chosen.values())
+        files = tuple(sorted({name.split("::")[0] for name in chosen}))
+        limit = LIMIT_S + 10 * sum(chosen.values())
         with _replaced(self.directory / PACKAGE / path, source):
-            return not chosen or self._forked(tests, f"{PACKAGE}/{path}", Chooser(chosen), limit)
+            return not chosen or self._forked(files, f"{PACKAGE}/{path}", Chooser(chosen), limit)
 
     def _forked(self, tests: tuple[str, ...], changed: str | None, plugin: object, limit_s: float) -> bool:
         """Whether the tests pass within the limit, in a process of their own and with what it starts ended after it."""
@@ -138,6 +140,7 @@ class Bench:
             os.killpg(child, signal.SIGKILL)
         if not done:
             os.waitpid(child, 0)
+            print(f"ended after {limit_s:.0f} s", file=sys.stderr)
         return bool(done) and status == 0
 
 
@@ -155,7 +158,17 @@ def _run(forgotten: set[str], tests: tuple[str, ...], plugin: object) -> int:
     # Ranks of the tests come from this process, which has imported what they need, not from a server that would import it anew.
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda name=None: context("fork" if name == "forkserver" else name)  # type: ignore[assignment]
-    options = ["-x", "-q", "-m", "not soak", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    options = [
+        "-x",
+        "-q",
+        "-m",
+        "not soak",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:unraisableexception",
+    ]
     return int(pytest.main([*options, *tests], plugins=[plugin]))
 
 
