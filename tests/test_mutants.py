@@ -109,6 +109,15 @@ def test_a_mutant_is_killed_by_a_failure_or_an_endless_loop_and_else_survives(tm
     assert (root / "gtpo_megatron/numbers.py").read_text() == textwrap.dedent(NUMBERS).lstrip()
 
 
+def test_only_what_can_run_is_changed_and_nothing_twice(mutants: ModuleType) -> None:
+    source = "def f(a: int | str, maximum: float) -> int | None:\n    if a == maximum:\n        return sum(a)\n    return max(a.sum(), maximum)\n"
+    assert [mutant.change for mutant in mutants.mutants("f.py", source)] == [
+        "`a == maximum` to `a != maximum`",
+        "`max` to `min`",
+        "`a.sum` to `a.mean`",
+    ]
+
+
 def test_the_page_keeps_the_lines_of_files_that_were_not_tried_again(mutants: ModuleType) -> None:
     def outcome(path: str, tried: int, lines: tuple[int, ...]) -> object:
         survivors = [mutants.Mutant(path, line, "`1` to `2`", "", "") for line in lines]

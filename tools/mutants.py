@@ -47,8 +47,18 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Mod: ast.Mult,
 }  # fmt: skip
-NAMES = {"min": "max", "max": "min", "amax": "amin", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any",
-         "sum": "mean", "mean": "sum", "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
+# functions by names that both exist: of builtins, and of methods and modules
+BUILTINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+NAMES = BUILTINS | {"amax": "amin", "minimum": "maximum", "maximum": "minimum", "sum": "mean", "mean": "sum",
+                    "argmin": "argmax", "argmax": "argmin", "exp": "expm1", "zeros_like": "ones_like"}  # fmt: skip
+OPPOSITES = (
+    ast.Eq,
+    ast.NotEq,
+    ast.In,
+    ast.NotIn,
+    ast.Is,
+    ast.IsNot,
+)  # of which the changed comparison is the negation
 # (path, change, what its line holds) of survivors that no test can tell from the original, and why
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("algorithm/baselines.py", "`0.0` to `1.0`", "torch.where(weights != 0, logprobs"): "what replaces an uncounted log-probability is multiplied by weight 0",
@@ -105,22 +115,38 @@ def mutants(path: str, text: str) -> list[Mutant]:
 
 
 def _edits(tree: ast.AST) -> Iterator[tuple[ast.expr, "_Edit"]]:
-    """Each expression that can be changed, with the change."""
+    """Each expression that can be changed, with the change: none that fails wherever it is read, none twice."""
+    types = {id(node) for annotation in _annotations(tree) for node in ast.walk(annotation)}
     for node in ast.walk(tree):
+        if id(node) in types:
+            continue
         if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
             yield node, _Edit(node.ops, 0, COMPARISONS[type(node.ops[0])]())
-        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS and not _is_annotation(node):
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             yield node, _Edit(node, "op", OPERATORS[type(node.op)]())
         elif isinstance(node, ast.BoolOp):
             yield node, _Edit(node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And())
-        elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        elif isinstance(node, (ast.If, ast.IfExp, ast.While)) and not _is_opposed(node.test):
             yield node.test, _Edit(node, "test", ast.UnaryOp(ast.Not(), node.test))
         elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
             yield node, _Edit(node, "value", node.value + 1)
-        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
-            yield node, _Edit(node, "attr", NAMES[node.attr])
-        elif isinstance(node, ast.Name) and node.id in NAMES:
-            yield node, _Edit(node, "id", NAMES[node.id])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in NAMES:
+            yield node.func, _Edit(node.func, "attr", NAMES[node.func.attr])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
+            yield node.func, _Edit(node.func, "id", BUILTINS[node.func.id])
+
+
+def _annotations(tree: ast.AST) -> Iterator[ast.AST]:
+    """Types are not arithmetic: `Tensor | None`."""
+    for node in ast.walk(tree):
+        for place in ("annotation", "returns"):
+            if (annotation := getattr(node, place, None)) is not None:
+                yield annotation
+
+
+def _is_opposed(test: ast.expr) -> bool:
+    """Whether the negation of a condition is among the changes of comparisons."""
+    return isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], OPPOSITES)
 
 
 @dataclass(frozen=True)
@@ -134,11 +160,6 @@ class _Edit:
             self.target[self.place] = self.value  # type: ignore[index]
         else:
             setattr(self.target, self.place, self.value)
-
-
-def _is_annotation(node: ast.BinOp) -> bool:
-    """`Tensor | None` is a type, not arithmetic."""
-    return any(isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right))
 
 
 def sources(only: str) -> Iterator[tuple[str, tuple[str, ...]]]:
