@@ -20,16 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 
 PACKAGE = "gtpo_megatron"
-ELSEWHERE = (
-    "/subprocess.py",
-    "/tests/parallel/pool.py",
-)  # a test that enters these runs in other processes too
+STARTERS = ("/subprocess.py", "/tests/parallel/pool.py")  # where other processes are started
+ELSEWHERE = "elsewhere"
 PATIENCE_S = 5  # of processor time, for a test that takes next to none
 LIMIT_S = 120  # of waiting, for tests that take next to none: on a busy machine that is not long
 QUICK_S = 1
@@ -229,10 +227,11 @@ class Learner:
         self.directory, self.notes = directory, notes
         self.inside = f"{directory / PACKAGE}{os.sep}"
         self.entered, self.shared = set[str](), set[str]()  # by this test; by fixtures of several tests
+        self.places: dict[CodeType, str] = {}
         self.learned: dict[str, tuple[float, list[str] | None]] = {}
 
     def pytest_runtest_protocol(self, item: Any) -> None:
-        self.entered, self.elsewhere = set(), False
+        self.entered = set()
         self.started = time.monotonic()
         threading.settrace(self._enter)
         sys.settrace(self._enter)
@@ -249,7 +248,7 @@ class Learner:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         sys.settrace(None)
-        entered = None if self.elsewhere else sorted(self.entered)
+        entered = None if ELSEWHERE in self.entered else sorted(self.entered)
         self.learned[nodeid] = time.monotonic() - self.started, entered
 
     def pytest_sessionfinish(self) -> None:
@@ -262,11 +261,18 @@ class Learner:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
+        place = self.places.get(code)  # of every call of any function: it has to be quick
+        if place is None:
+            place = self.places[code] = self._place(code)
+        if place:
+            self.entered.add(place)
+
+    def _place(self, code: CodeType) -> str:
+        """`path:line` of a function of the package, ELSEWHERE of one that leads to other processes, else nothing."""
         if code.co_filename.startswith(self.inside):
             path = Path(code.co_filename).relative_to(self.directory).as_posix()
-            self.entered.add(f"{path}:{code.co_firstlineno}")
-        elif code.co_filename.endswith(ELSEWHERE):
-            self.elsewhere = True
+            return f"{path}:{code.co_firstlineno}"
+        return ELSEWHERE if code.co_filename.endswith(STARTERS) else ""
 
 
 class Chooser:

@@ -170,6 +170,40 @@ def test_no_more_is_sampled_ahead_than_staleness_and_the_steps_of_a_run_allow(
     assert stored == [list(range(min(step + 1 + staleness, 6))) for step in range(6)]
 
 
+class HeldEngine(Engine):
+    """Samples no batch ahead before it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+        self.prompts: list[tuple[int, ...]] = []
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        if self.calls:
+            assert self.let_go.wait(60)
+        self.prompts += [request.prompt_ids for request in requests]
+        yield from super().generate(requests, params)
+
+
+def held(directory: Path) -> tuple[int, list[tuple[int, ...]]]:
+    """With three batches ahead: threads that sample, and the prompts in the order in which they are sampled."""
+    from gtpo_megatron.run.batches import Batches
+
+    engine = HeldEngine()
+    with Batches(light_run(directory, engine, staleness=3)) as batches:
+        batches.next()
+        threads = sum(thread.name.startswith("rollout") for thread in threading.enumerate())
+        engine.let_go.set()
+        batches.settle()
+    return threads, engine.prompts
+
+
+def test_batches_ahead_are_sampled_one_after_the_other(ranks: RankPool, tmp_path: Path) -> None:
+    ((threads, prompts),) = ranks.run(1, held, tmp_path)
+    assert threads == 1
+    assert prompts == [(index + 3,) for index in PromptSampler(PROMPTS, 0, True).next(8)]
+
+
 def left_with_batches_ahead(directory: Path, staleness: int) -> tuple[int, float, float, float]:
     """Two steps with an engine on rank 0 alone: how often it was told to abort; tokens and seconds of the first batch; seconds in all."""
     import torch.distributed as dist
