@@ -182,8 +182,7 @@ def test_solutions(tokenizer: PreTrainedTokenizerFast) -> None:
     assert t.text == "<reasoning>\none and one\n</reasoning>\n<answer>\n2\n</answer>"
     assert t.token_ids[-1] == EOS_ID
     assert t.prompt_ids.tolist() == [5, 6]
-    assert t.logprobs.tolist() == [0.0] * t.length
-    assert t.token_versions.tolist() == [-1] * t.length  # no weights sampled them
+    assert t.length == len(t.logprobs) == len(t.token_versions)
 
 
 def gathered(fails: int | None) -> list[tuple[int, int]] | str:

@@ -1,10 +1,8 @@
 """Batches in order: sampled now, ahead, or read back; no prompt is lost or taken twice."""
 
-import logging
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +30,9 @@ class Engine:
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.calls, self.fails_at, self.version = 0, fails_at, 0
-        self.groups: list[int] = []  # numbers that it was given
-        self.aborted = 0
 
     def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
         self.calls += 1
-        self.groups += [request.group for request in requests]
         if self.calls - 1 == self.fails_at:
             raise UserError("no server left")
         for request in requests:
@@ -51,7 +46,6 @@ class Engine:
 
     def abort_all(self) -> None:
         """Nothing is under way for long."""
-        self.aborted += 1
 
 
 class Rewards:
@@ -110,23 +104,6 @@ def ids_of(batch: Sequence[Any]) -> list[str]:
     return [t.prompt_id for t in batch if t.index == 0]
 
 
-@contextmanager
-def said() -> Iterator[list[str]]:
-    """What is logged meanwhile about batches."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("gtpo_megatron.run.batches")
-    level = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
 def in_order(directory: Path, staleness: int) -> list[list[str]]:
     from gtpo_megatron.run.batches import Batches
 
@@ -144,113 +121,6 @@ def test_sampling_ahead_takes_the_same_prompts(ranks: RankPool, tmp_path: Path) 
     assert taken[0] == taken[1] == taken[2]
     everything = [prompt for batch in taken[0] for prompt in batch]
     assert len(set(everything)) == len(everything) == 12
-
-
-def settled_each_step(directory: Path, staleness: int) -> tuple[list[list[str]], list[list[int]]]:
-    """What each of six steps takes, and the batches that are stored once it has settled."""
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, Engine(), staleness=staleness)
-    taken, stored = [], []
-    with Batches(run) as batches:
-        for run.step in range(6):
-            taken.append(ids_of(batches.next()))
-            batches.settle()
-            stored.append(run.store.steps())
-    return taken, stored
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_no_more_is_sampled_ahead_than_staleness_and_the_steps_of_a_run_allow(
-    ranks: RankPool, tmp_path: Path, staleness: int
-) -> None:
-    expected = ranks.run(1, in_order, tmp_path / "whole", 0)[0]
-    ((taken, stored),) = ranks.run(1, settled_each_step, tmp_path / "settled", staleness)
-    assert taken == expected  # a batch that is read back does not set the sampler back
-    assert stored == [list(range(min(step + 1 + staleness, 6))) for step in range(6)]
-
-
-class HeldEngine(Engine):
-    """Samples no batch ahead before it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.let_go = threading.Event()
-        self.prompts: list[tuple[int, ...]] = []
-
-    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
-        if self.calls:
-            assert self.let_go.wait(60)
-        self.prompts += [request.prompt_ids for request in requests]
-        yield from super().generate(requests, params)
-
-
-def held(directory: Path) -> tuple[int, list[tuple[int, ...]]]:
-    """With three batches ahead: threads that sample, and the prompts in the order in which they are sampled."""
-    from gtpo_megatron.run.batches import Batches
-
-    engine = HeldEngine()
-    with Batches(light_run(directory, engine, staleness=3)) as batches:
-        batches.next()
-        threads = sum(thread.name.startswith("rollout") for thread in threading.enumerate())
-        engine.let_go.set()
-        batches.settle()
-    return threads, engine.prompts
-
-
-def test_batches_ahead_are_sampled_one_after_the_other(ranks: RankPool, tmp_path: Path) -> None:
-    ((threads, prompts),) = ranks.run(1, held, tmp_path)
-    assert threads == 1
-    assert prompts == [(index + 3,) for index in PromptSampler(PROMPTS, 0, True).next(8)]
-
-
-def left_with_batches_ahead(directory: Path, staleness: int) -> tuple[int, float, float, float]:
-    """Two steps with an engine on rank 0 alone: how often it was told to abort; tokens and seconds of the first batch; seconds in all."""
-    import torch.distributed as dist
-
-    from gtpo_megatron.run.batches import Batches
-
-    engine = Engine()
-    engine.on_every_rank = False
-    run = light_run(directory, engine, staleness=staleness)
-    if dist.get_rank():
-        run.engine = None
-    started = time.perf_counter()
-    with Batches(run) as batches:
-        for run.step in range(2):
-            batches.next()
-        sampled = batches.sampled(0)
-        assert batches.sampled(0) is None  # it is handed out once
-    seconds = time.perf_counter() - started
-    return engine.aborted, *((sampled.amount, sampled.seconds) if sampled else (0, 0)), seconds
-
-
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_leaving_aborts_what_is_under_way_and_only_that(
-    ranks: RankPool, tmp_path: Path, staleness: int
-) -> None:
-    first, second = ranks.run(2, left_with_batches_ahead, tmp_path, staleness)
-    aborted, tokens, seconds, whole = first
-    assert (aborted, tokens) == (staleness, 2 * 4 * 6)
-    assert 0 < seconds < whole
-    assert second[:3] == (0, 0, 0)
-
-
-def of_the_data_set(directory: Path) -> list[tuple[str, int, str]]:
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, Engine())
-    algorithm = run.config.algorithm.model_copy(update={"name": "sft"})
-    run.config = run.config.model_copy(update={"algorithm": algorithm})
-    with Batches(run) as batches:
-        return [(t.prompt_id, t.step, t.finish_reason) for t in batches.next()]
-
-
-def test_supervised_batches_are_the_data_sets_own_on_rank_zero(ranks: RankPool, tmp_path: Path) -> None:
-    first, second = ranks.run(2, of_the_data_set, tmp_path)
-    order = PromptSampler(PROMPTS, 0, True).next(4)
-    assert first == [(f"row-{index}", 0, "data") for index in order]
-    assert second == []
 
 
 def interrupted(directory: Path, settle: bool) -> tuple[list[list[str]], list[list[str]], list[int], int]:
@@ -338,47 +208,6 @@ def test_a_signal_during_sampling_drops_the_batch_on_all_ranks_and_loses_no_prom
     assert [begun for _, begun, _ in answers] == [at] * world
 
 
-def asked_when_it_is_whole(directory: Path, oversample: float) -> list[str]:
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, Engine(), oversample=oversample)
-    run.signals.asked = True
-    with Batches(run) as batches:
-        return ids_of(batches.next())
-
-
-@pytest.mark.parametrize("oversample", [1.0, 1.5])
-def test_a_batch_that_is_whole_is_kept_when_a_signal_comes(
-    ranks: RankPool, tmp_path: Path, oversample: float
-) -> None:
-    (taken,) = ranks.run(1, asked_when_it_is_whole, tmp_path, oversample)
-    assert taken == [f"row-{index}" for index in PromptSampler(PROMPTS, 0, True).next(2)]
-
-
-def failed_beside_a_stop(directory: Path) -> tuple[str, list[str]]:
-    """A step in which sampling fails on rank 0 while a signal cuts it short on rank 1: how it ends, and what is logged."""
-    import torch.distributed as dist
-
-    from gtpo_megatron.run.batches import Batches
-    from gtpo_megatron.run.signals import Interrupted
-
-    run = light_run(directory, Engine(fails_at=0))
-    if dist.get_rank() == 1:
-        run.engine = StoppedEngine(run.signals, 0)
-    with Batches(run) as batches, said() as messages, pytest.raises(Interrupted) as end:
-        batches.next()
-    return str(end.value), messages
-
-
-def test_an_error_beside_a_stop_is_reported_where_it_happened(ranks: RankPool, tmp_path: Path) -> None:
-    first, second = ranks.run(2, failed_beside_a_stop, tmp_path)
-    assert first == (
-        "sampling was cut short on another rank",
-        ["dropped with the batch that the stop cut short: no server left"],
-    )
-    assert second == ("step 1: sampling was cut short", [])
-
-
 def failing_ahead(directory: Path) -> tuple[list[str], str, dict[str, Any], dict[str, Any]]:
     from gtpo_megatron.run.batches import Batches
 
@@ -407,25 +236,14 @@ def test_an_error_of_sampling_ahead_reaches_its_step_and_loses_no_prompt(
     assert orders[0] == orders[1]
 
 
-def test_what_oversampling_left_is_said(ranks: RankPool, tmp_path: Path) -> None:
-    (messages,) = ranks.run(1, said_of_oversampling, tmp_path)
-    assert messages == [f"step {n}: 1 of 3 groups were not finished; put back" for n in (1, 2)]
-
-
-def said_of_oversampling(directory: Path) -> list[str]:
-    with said() as messages:
-        oversampled(directory, 0, None, steps=2)
-    return messages
-
-
-def oversampled(directory: Path, staleness: int, restart_at: int | None, steps: int = 6) -> list[list[str]]:
+def oversampled(directory: Path, staleness: int, restart_at: int | None) -> list[list[str]]:
     """The prompts of six batches of the two of three groups that finish first: the second and the third."""
     from gtpo_megatron.run.batches import Batches
 
     run = light_run(directory, LateEngine(), oversample=1.5, staleness=staleness)
     taken = []
     with Batches(run) as batches:
-        for run.step in range(steps if restart_at is None else restart_at):
+        for run.step in range(6 if restart_at is None else restart_at):
             taken.append(ids_of(batches.next()))
         state = batches.sampler_state
     if restart_at is not None:
@@ -469,32 +287,23 @@ def test_prompts_that_oversampling_left_unfinished_come_again(
         assert len(set(everything)) == len(everything) == 12
 
 
-def replaced(directory: Path, rounds: int) -> tuple[list[Any], int, list[int], list[str]]:
-    """A batch of four groups, how often and with which groups the engine was called, and what was logged."""
+def replaced(directory: Path, rounds: int) -> tuple[list[Any], int]:
     from gtpo_megatron.run.batches import Batches
 
     engine = Engine()
     dynamic = {"enabled": True, "max_rounds": rounds}
     run = light_run(directory, engine, picky=True, dynamic_sampling=dynamic, prompts_per_step=4)
-    with Batches(run) as batches, said() as messages:
-        return batches.next(), engine.calls, engine.groups, messages
+    with Batches(run) as batches:
+        return batches.next(), engine.calls
 
 
 def test_groups_without_signal_are_replaced_for_some_rounds(ranks: RankPool, tmp_path: Path) -> None:
-    ((batch, calls, groups, messages),) = ranks.run(1, replaced, tmp_path / "many", 8)
+    ((batch, calls),) = ranks.run(1, replaced, tmp_path / "many", 8)
     assert calls > 1
     assert [(t.group, t.index) for t in batch] == [(g, i) for g in range(4) for i in range(4)]
     assert all(int(t.answer) % 2 == 0 for t in batch)
     assert all(any(t.advantage for t in batch if t.group == g) for g in range(4))
-    assert groups == list(range(len(groups)))  # each has a number of its own, and so a seed
-    order, expected = PromptSampler(PROMPTS, 0, True).next(PROMPTS), []
-    silent, later = sum(index % 2 for index in order[:4]), order[4:]
-    for _ in range(calls - 1):
-        useful = sum(1 - index % 2 for index in later[:silent])
-        expected.append(f"step 1: {useful} of {silent} groups without signal replaced")
-        silent, later = silent - useful, later[silent:]
-    assert messages == expected
-    ((_, calls_of_one, _, _),) = ranks.run(1, replaced, tmp_path / "one", 1)
+    ((_, calls_of_one),) = ranks.run(1, replaced, tmp_path / "one", 1)
     assert calls_of_one == 2
 
 
