@@ -42,8 +42,32 @@ ROOMS = ("slurm", "sglang")
 TESTS = Path(__file__).parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--layers",
+        choices=("auto", "transformer_engine"),
+        default="auto",
+        help="of the policies on gloo ranks; transformer_engine: its Python over stand-ins of its kernels, and the tests that "
+        "build such policies alone",
+    )
+
+
+def _keep_those_of_the_layers(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --layers=transformer_engine: tests on gloo ranks, but those that are marked `local_layers`, with the reason."""
+    if config.getoption("--layers") == "auto":
+        return
+    kept = [
+        item
+        for item in items
+        if "ranks" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("local_layers")
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What stays together where tests run in several processes: a room of ROOMS, else a file."""
+    _keep_those_of_the_layers(config, items)
 
     def group(item: pytest.Item) -> str:
         room = next((room for room in ROOMS if TESTS / room in item.path.parents), None)
@@ -56,8 +80,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def te_ranks() -> Iterator[RankPool]:
+    """Gloo ranks whose policies are of Transformer Engine's layers, over stand-ins of its kernels."""
+    from tests.te import standin
+
+    standin.fetch()
+    pool = RankPool(standin.install)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """Gloo ranks in long-lived worker processes; see RankPool.run."""
+    if request.config.getoption("--layers") == "transformer_engine":
+        yield request.getfixturevalue("te_ranks")
+        return
     pool = RankPool()
     yield pool
     pool.close()

@@ -1,26 +1,12 @@
-"""Ranks whose policies are built of Transformer Engine's layers, over stand-ins."""
+"""Checkpoints for Transformer Engine's layers."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.pool import RankPool
-from tests.te import standin
 from tests.tiny_models import Family, make_tiny_checkpoint
-
-SETUP = Path(__file__).resolve().parents[2] / "tools" / "setup_te_standin.sh"
-
-
-@pytest.fixture(scope="session")
-def te_ranks() -> Iterator[RankPool]:
-    subprocess.run([SETUP, sys.executable], check=True)
-    pool = RankPool(standin.install)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,13 @@ from torch import Tensor
 from tests.te.formats import quantize
 from tests.te.kernels import generic_gemm
 
-__all__ = ["get_num_cublas_streams", "split_quantize", "te_general_grouped_gemm"]
+__all__ = [
+    "fused_multi_row_padding",
+    "fused_multi_row_unpadding",
+    "get_num_cublas_streams",
+    "split_quantize",
+    "te_general_grouped_gemm",
+]
 
 
 def install(permutation: ModuleType) -> None:
@@ -67,6 +73,19 @@ def sort_chunks_with_probs(
 ) -> tuple[Tensor, Tensor]:
     """`sort_chunks` of both."""
     return sort_chunks(tokens, sizes, order), sort_chunks(probs, sizes, order)
+
+
+def fused_multi_row_padding(tokens: Tensor, out: Tensor, sizes: list[int], padded: list[int]) -> None:
+    """Each expert's rows into `out`, followed by as many of zeros as it asks for."""
+    for rows, place in zip(tokens.split(sizes), out.split(padded), strict=True):
+        place.zero_()
+        place[: len(rows)] = rows
+
+
+def fused_multi_row_unpadding(tokens: Tensor, out: Tensor, padded: list[int], sizes: list[int]) -> None:
+    """Each expert's rows into `out`, without what padded them."""
+    for rows, place in zip(tokens.split(padded), out.split(sizes), strict=True):
+        place.copy_(rows[: len(place)])
 
 
 def get_num_cublas_streams() -> int:

@@ -183,9 +183,9 @@ def _rotated(
     *,
     sign: int,
 ) -> Tensor:
-    if interleaved or start is not None or cu_seqlens is None or cp_size > 1:
-        raise NotImplementedError("rotary embedding other than of packed sequences that one rank holds whole")
-    positions = torch.cat([torch.arange(end - begin) for begin, end in _spans(cu_seqlens)])
+    if interleaved or start is not None or cu_seqlens is None:
+        raise NotImplementedError("rotary embedding other than of packed sequences")
+    positions = torch.cat([_positions(end - begin, cp_size, cp_rank) for begin, end in _spans(cu_seqlens)])
     angles = freqs[positions].reshape(len(positions), 1, -1)
     covered, width = len(positions), angles.shape[-1]
     x = t[:covered, :, :width].float()
@@ -195,6 +195,12 @@ def _rotated(
     out[:covered, :, :width] = turned.to(t.dtype)
     out[:covered, :, width:] = t[:covered, :, width:]
     return out
+
+
+def _positions(length: int, ranks: int, rank: int) -> Tensor:
+    """Of one sequence, what a rank of context parallelism holds: the chunk of its number from the front and from the back."""
+    chunks = torch.arange(length).split(length // (2 * ranks)) if ranks > 1 else [torch.arange(length)]
+    return torch.cat([chunks[rank], chunks[-1 - rank]]) if ranks > 1 else chunks[0]
 
 
 def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:

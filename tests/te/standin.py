@@ -1,7 +1,7 @@
 """`install()` makes Transformer Engine's Python layers importable and runnable on a CPU. For worker processes only.
 
 Its compiled extension is replaced by PyTorch functions (formats, kernels); its modules see a torch.cuda with one Hopper;
-three checks that a tensor is on a GPU are taken out as the modules are imported. What has no stand-in raises
+the checks for a GPU in CHECKS are taken out as the modules are imported. What has no stand-in raises
 NotImplementedError under its name.
 """
 
@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
-from tests.te import experts, formats, kernels
+from tests.te import attention, experts, formats, kernels
 
-PACKAGES = Path(__file__).resolve().parents[2] / ".build" / "te"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ROOT / ".build" / "te"
 
 # Members in order from 0; NAME=VALUE where the extension's own numbers are others. Compared with the compiled 2.20.2.
 ENUMS = {
@@ -52,30 +54,44 @@ ENUMS = {
 }
 # `import *` looks for these before anything calls them
 NAMED_AT_IMPORT = ("layernorm_bwd", "layernorm_fwd", "rmsnorm_bwd_add")
-# module -> a check for CUDA, and what stands in its place
-CHECKS = {
-    "transformer_engine.pytorch.utils": ("torch.Tensor().cuda()", "torch.Tensor()"),
-    "transformer_engine.pytorch.module.base": ("if not inp.is_cuda:", "if False:"),
-    "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention": (
-        "query_layer.is_cuda and key_layer.is_cuda and value_layer.is_cuda",
-        "True",
+ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention"
+ON_GPU = ("query_layer.is_cuda and key_layer.is_cuda and value_layer.is_cuda", "True")
+HALF = "qkv_dtype not in [torch.bfloat16, torch.float16, torch.float8_e4m3fn]"
+# module -> checks for CUDA, or for what a kernel on a GPU can do, and what stands in their place
+CHECKS: dict[str, tuple[tuple[str, str], ...]] = {
+    "transformer_engine.pytorch.utils": (("torch.Tensor().cuda()", "torch.Tensor()"),),
+    "transformer_engine.pytorch.module.base": (("if not inp.is_cuda:", "if False:"),),
+    f"{ATTENTION}.dot_product_attention": (ON_GPU,),
+    # No attention on a GPU is both in fp32 and over context ranks. Here one is, so that layouts can be compared to rounding.
+    f"{ATTENTION}.utils": (
+        (f"{HALF} or qkv_type not in (", f"{HALF} and not context_parallel or qkv_type not in ("),
+    ),
+    f"{ATTENTION}.backends": (
+        ON_GPU,
+        ("x.dtype in [torch.float16, torch.bfloat16] or isinstance(x, QuantizedTensorStorage)", "True"),
     ),
 }
+
+
+def fetch() -> None:
+    """Have Transformer Engine's Python in PACKAGES. Once, before any process calls `install`."""
+    subprocess.run([ROOT / "tools" / "setup_te_standin.sh", sys.executable], check=True)
 
 
 def install() -> None:
     """Import Transformer Engine over the stand-ins, and let the project find it whole. Before megatron is imported.
 
-    Raises RuntimeError where it is too late, or tools/setup_te_standin.sh has not run.
+    Raises RuntimeError where it is too late, or `fetch` has not been called.
     """
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core is imported already, without Transformer Engine")
     if not (PACKAGES / "stamp").is_file():
-        raise RuntimeError("run tools/setup_te_standin.sh first")
+        raise RuntimeError("standin.fetch() first")
     sys.path.append(str(PACKAGES))
     sys.meta_path.insert(0, _WithoutChecks())
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for CUDA's libraries
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # to compile its small fusions for a CPU takes longer than the tests
     sys.modules["transformer_engine_torch"] = _extension()
     spec = importlib.util.find_spec("transformer_engine")
     package = importlib.util.module_from_spec(spec)
@@ -83,6 +99,7 @@ def install() -> None:
     importlib.import_module("transformer_engine.common").load_framework_extension = lambda framework: None
     spec.loader.exec_module(package)
     experts.install(importlib.import_module("transformer_engine.pytorch.permutation"))
+    attention.install(importlib.import_module(f"{ATTENTION}.context_parallel"))
     seen = _Torch("torch")
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.") and getattr(module, "torch", None) is torch:
@@ -108,10 +125,10 @@ def _extension() -> types.ModuleType:
     for name, members in ENUMS.items():
         setattr(extension, name, _enum(name, members))
     backends = extension.NVTE_Fused_Attn_Backend
-    extension.get_fused_attn_backend = lambda *a, **k: (backends.NVTE_No_Backend, "stand-in")
+    extension.get_fused_attn_backend = lambda *a, **k: (backends.NVTE_F16_arbitrary_seqlen, "")
     extension.get_cudnn_version = lambda: 92400
     extension.get_cublasLt_version = lambda: 130100
-    for module in (formats, kernels, experts):
+    for module in (attention, formats, kernels, experts):
         for name in module.__all__:
             setattr(extension, name, getattr(module, name))
     for name in NAMED_AT_IMPORT:
@@ -174,8 +191,9 @@ class _WithoutChecks(importlib.abc.MetaPathFinder):
 
 class _Rewritten(importlib.machinery.SourceFileLoader):
     def get_code(self, name: str) -> types.CodeType:
-        old, new = CHECKS[name]
         source = self.get_source(name)
-        if old not in source:
-            raise RuntimeError(f"{name} no longer has the check {old!r}")
-        return compile(source.replace(old, new), self.path, "exec", dont_inherit=True)
+        for old, new in CHECKS[name]:
+            if old not in source:
+                raise RuntimeError(f"{name} no longer has the check {old!r}")
+            source = source.replace(old, new)
+        return compile(source, self.path, "exec", dont_inherit=True)
