@@ -2,7 +2,8 @@
 #   PYTHON=...       the interpreter for .venv (3.11 or 3.12)
 #   TORCH_INDEX=...  another index for torch (PyTorch publishes one of CPU builds)
 #   TESTS=...        what `make test` runs, e.g. TESTS=tests/algorithm
-#   TIER=all         `make test` with the soak tier (random kills, 30 s cuts) and the numeric tests by plain instructions
+#   TIER=all         `make test` with the soak tier (random kills, 30 s cuts), the numeric tests by plain instructions, and the
+#                    tests of policies on ranks with Transformer Engine's layers over stand-ins
 #   PAIR=next        `make test` of what depends on Megatron's version, with the pins of Python 3.12, in .venv-next
 #   WORKERS=...      how many processes `make test` runs tests in; 0: in its own
 #   KILLS=...        how often `make chaos` kills
@@ -22,6 +23,8 @@ PAIR_TESTS := tests/policy tests/parallel tests/te tests/test_train.py::test_a_r
   tests/test_train.py::test_a_run_goes_on_where_it_ended
 # whose results are sums of floats: with torch's plain kernels the sums run in another order
 NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_model.py tests/rollout/test_embedded.py
+# whose policies on gloo ranks are built of Transformer Engine's layers as well, over stand-ins of its kernels
+LAYERS_TESTS := tests/policy tests/parallel
 WORKERS ?= 2
 # groups of tests to a process, in the order of tests/conftest.py
 PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
@@ -72,11 +75,15 @@ test-tier-all: lint
 	@status=0; \
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
 	$(BIN)/python $(PYTEST) $(TESTS) || status=$$?; \
+	$(BIN)/python $(PYTEST) --layers=transformer_engine $(LAYERS_TESTS) || status=$$?; \
 	exit $$status
 
 test-pair-next:
 	@PAIR=next tools/setup_trainer_env.sh
-	@.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS))
+	@status=0; \
+	.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS)) || status=$$?; \
+	if [ "$(TESTS)" = tests ]; then .venv-next/bin/python $(PYTEST) --layers=transformer_engine $(LAYERS_TESTS) || status=$$?; fi; \
+	exit $$status
 
 numerics: .venv ## the numeric tests with each instruction set that torch has kernels for, and 1 and 2 threads
 	@status=0; for set in default avx2 avx512; do for threads in 1 2; do \

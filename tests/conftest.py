@@ -1,6 +1,8 @@
 """Fixtures of the whole test suite."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.parallel.pool import RankPool
+from tests.parallel.pool import DetachedPool, RankPool
 
 # What a machine of continuous integration may lack; a skip for any other reason fails there (CI=true).
 MAY_BE_MISSING = ("gpu",)
@@ -80,18 +82,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def te_ranks() -> Iterator[RankPool]:
+def te_ranks() -> Iterator[DetachedPool]:
     """Gloo ranks whose policies are of Transformer Engine's layers, over stand-ins of its kernels."""
-    from tests.te import standin
-
-    standin.fetch()
-    pool = RankPool(standin.install)
+    subprocess.run([TESTS.parent / "tools" / "setup_te_standin.sh", sys.executable], check=True)
+    pool = DetachedPool("tests.te.imported")
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="session")
-def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool | DetachedPool]:
     """Gloo ranks in long-lived worker processes; see RankPool.run."""
     if request.config.getoption("--layers") == "transformer_engine":
         yield request.getfixturevalue("te_ranks")

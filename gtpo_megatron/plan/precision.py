@@ -52,16 +52,22 @@ def precision_problems(config: RunConfig, shape: HFShape, machine: Machine) -> I
 
 
 def _attention_problems(config: RunConfig, shape: HFShape, machine: Machine) -> Iterator[str]:
-    """Transformer Engine's attention of last resort: its memory grows with the square of the longest sequence."""
+    """Transformer Engine's attention of last resort: its memory grows with the square of the longest sequence, and it
+    computes nothing over context ranks.
+    """
     if machine.cuda_capability is None or not machine.transformer_engine or config.model.layers == "local":
         return
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     sequences = max(config.training.micro_batch_tokens // longest, 1)
     heads = shape.heads // config.parallel.tensor
     scores = sequences * heads * longest**2
+    context = config.parallel.context
     if config.model.dtype == "fp32":
-        reason = "model.dtype: fp32 leaves Transformer Engine only"
+        reason = "model.dtype: fp32 leaves Transformer Engine"
         advice = "take model.dtype: bf16 or model.layers: local"
+        if context > 1:
+            yield f"{reason} no attention over context ranks (parallel.context: {context}); {advice}"
+            return
     elif config.training.deterministic and machine.cuda_capability == HOPPER and not machine.flash_attention:
         reason = (
             "training.deterministic: true without flash-attn leaves Transformer Engine, at these lengths,"
@@ -69,10 +75,15 @@ def _attention_problems(config: RunConfig, shape: HFShape, machine: Machine) -> 
         advice = "install flash-attn (requirements/cluster.txt), or set training.deterministic: false"
     else:
         return
-    if scores >= ATTENTION_SCORES:
+    if scores < ATTENTION_SCORES:
+        return
+    size = f"{sequences} sequences x {heads} heads x {longest} tokens squared"
+    if context > 1:
+        yield f"{reason} no attention over context ranks (parallel.context: {context}; {size}); {advice}"
+    else:
         yield (
-            f"{reason} an attention that holds all scores: {sequences} sequences x {heads} heads x {longest} tokens "
-            f"squared, {scores * 4 / 2**30:.0f} GiB in float32 for each layer; {advice}"
+            f"{reason} only an attention that holds all scores: {size}, {scores * 4 / 2**30:.0f} GiB in float32 for each "
+            f"layer; {advice}"
         )
 
 

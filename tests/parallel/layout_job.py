@@ -50,7 +50,7 @@ def run_layout(
     algorithm: AlgorithmConfig,
     distributed_optimizer: bool = False,
     float64: bool = False,
-    layers: Literal["auto", "transformer_engine"] = "auto",
+    layers: Literal["auto", "local", "transformer_engine"] = "auto",
 ) -> dict[str, Any]:
     """Loss, gradients and updated weights by Hugging Face name (rank 0 alone returns the tensors).
 

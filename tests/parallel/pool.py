@@ -1,9 +1,10 @@
 """Long-lived worker processes that act as gloo ranks, forked from one that has imported torch and Megatron-Core."""
 
-import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -23,31 +24,31 @@ class RankPool:
     """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results.
 
     `prepare`, a module-level function, is called once in each worker before any job, and before Megatron-Core is imported.
+    `imported` is what workers are forked from, where there is nothing to prepare.
     """
 
-    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(self, prepare: Callable[[], None] | None = None, imported: str = IMPORTED) -> None:
         self._prepare = prepare
         # a spawned worker imports for 7 s; a forked one cannot use a GPU that its parent has seen
         spawn = prepare is not None or os.path.exists("/dev/nvidiactl")
         self._context = multiprocessing.get_context("spawn" if spawn else "forkserver")
         if not spawn:
-            self._context.set_forkserver_preload([IMPORTED])
+            self._context.set_forkserver_preload([imported])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results by rank. An exception on any rank is raised here with the ranks' tracebacks."""
+        return [
+            pickle.loads(result) for result in self.run_pickled(world_size, pickle.dumps((function, args)))
+        ]
+
+    def run_pickled(self, world_size: int, job: bytes) -> list[bytes]:
+        """`run` of what nobody but the ranks takes out of its pickle, which may import Megatron-Core."""
         while len(self._workers) < world_size:
             self._start()
         with tempfile.TemporaryDirectory() as directory:
-            job = (
-                function.__module__,
-                function.__qualname__,
-                args,
-                world_size,
-                os.path.join(directory, "store"),
-            )
             for rank in range(world_size):
-                self._workers[rank][1].send((rank, *job))
+                self._workers[rank][1].send((rank, job, world_size, os.path.join(directory, "store")))
             answers = self._collect(world_size)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
@@ -92,6 +93,45 @@ class RankPool:
         self._workers.clear()
 
 
+class DetachedPool:
+    """A RankPool in a process of its own, whose workers are forked from one that has imported another module: a process can
+    fork its workers from one such server only. Non-daemonic, for it has children: `close` it.
+    """
+
+    def __init__(self, imported: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_relay, args=(theirs, imported))
+        self._process.start()
+        theirs.close()
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As of RankPool."""
+        self._connection.send((world_size, pickle.dumps((function, args))))
+        done, found = self._connection.recv()
+        if not done:
+            raise AssertionError(found)
+        return [pickle.loads(result) for result in found]
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _relay(connection: Connection, imported: str) -> None:
+    pool = RankPool(imported=imported)
+    try:
+        while True:
+            world_size, job = connection.recv()
+            try:
+                answer = True, pool.run_pickled(world_size, job)
+            except AssertionError as error:
+                answer = False, str(error)
+            connection.send(answer)
+    except EOFError:
+        pool.close()
+
+
 def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -102,15 +142,13 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
         prepare()
     while True:
         try:
-            rank, module, name, args, world_size, store = connection.recv()
+            rank, job, world_size, store = connection.recv()
         except EOFError:
             return
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-            function = importlib.import_module(module)
-            for part in name.split("."):
-                function = getattr(function, part)
-            connection.send((True, function(*args)))
+            function, args = pickle.loads(job)
+            connection.send((True, pickle.dumps(function(*args))))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
@@ -119,11 +157,16 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
 
 def _leave() -> None:
     """Forget the process groups of the job, Megatron's included."""
-    import sys
-
     import torch.distributed as dist
 
-    if "megatron.core.parallel_state" in sys.modules:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    forget_model()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def forget_model() -> None:
+    """Forget Megatron's process groups, and what Transformer Engine would reduce over them after a later model's passes."""
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if "transformer_engine.pytorch.quantization" in sys.modules:
+        sys.modules["transformer_engine.pytorch.quantization"].FP8GlobalStateManager.reset()

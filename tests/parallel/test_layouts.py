@@ -50,7 +50,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @cache
 def one_process(ranks: RankPool, checkpoint: Path, float64: bool) -> dict[str, Any]:
-    return ranks.run(1, run_layout, checkpoint, ParallelConfig(), TRAINING, GTPO, False, float64)[0]
+    return ranks.run(
+        1, run_layout, checkpoint, ParallelConfig(), TRAINING, GTPO, False, float64, layers(float64)
+    )[0]
+
+
+def layers(float64: bool) -> str:
+    """Transformer Engine has no float64."""
+    return "local" if float64 else "auto"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,6 +67,7 @@ def test_layout_equals_one_process(layout: str, ranks: RankPool, checkpoint: Cal
 
 
 # a distributed optimizer leaves no whole gradient on a rank, and Megatron has none in float64
+@pytest.mark.local_layers("no float64")
 @pytest.mark.parametrize(
     "layout", [name for name, (_, _, options) in LAYOUTS.items() if "distributed_optimizer" not in options]
 )
@@ -91,7 +99,15 @@ def compare(
     distributed = options.pop("distributed_optimizer", False)
     training = TRAINING.model_copy(update=options)
     results = ranks.run(
-        world, run_layout, checkpoint, ParallelConfig(**parallel), training, GTPO, distributed, float64
+        world,
+        run_layout,
+        checkpoint,
+        ParallelConfig(**parallel),
+        training,
+        GTPO,
+        distributed,
+        float64,
+        layers(float64),
     )
     for result in results:  # every rank knows the loss and the statistics
         assert result["loss"] == pytest.approx(expected["loss"], rel=1e-9 if float64 else 1e-6)

@@ -27,6 +27,7 @@ def apex_ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.mark.local_layers("apex's function is called by those")
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence": True}], ids=["single", "tp2-sp"])
 def test_gradients_and_weights_are_those_without_it(
     apex_ranks: RankPool,

@@ -10,6 +10,7 @@ from torch import Tensor
 from gtpo_megatron.policy.head import token_statistics
 from tests.parallel.pool import RankPool
 
+pytestmark = pytest.mark.local_layers("there are none")
 ROWS, WIDTH, VOCABULARY, PADDED = 23, 8, 90, 128
 
 

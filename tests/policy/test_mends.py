@@ -317,6 +317,7 @@ def faults_of_a_model(checkpoint: Path) -> dict[str, bool]:
     return found
 
 
+@pytest.mark.local_layers("what is mended is in those")
 def test_mends_of_a_model_are_needed(ranks: RankPool, tiny_checkpoint: Callable[[str], Path]) -> None:
     (found,) = ranks.run(1, faults_of_a_model, tiny_checkpoint("llama3"))
     assert found == {name: MENDS[name].applies() for name in found}

@@ -45,8 +45,6 @@ class _Once:
             self._wait = None
 
 
-
-
 def fused_attn_fwd(
     max_q: int,
     max_kv: int,
@@ -195,7 +193,14 @@ def thd_second_half_lse_correction(lse: Tensor, part: Tensor, padded: Tensor, pa
 
 
 def thd_out_correction(
-    out: Tensor, part: Tensor, before: Tensor, after: Tensor, lse: Tensor, padded: Tensor, half: bool, packed: bool
+    out: Tensor,
+    part: Tensor,
+    before: Tensor,
+    after: Tensor,
+    lse: Tensor,
+    padded: Tensor,
+    half: bool,
+    packed: bool,
 ) -> None:
     """The output [t, h, d] so far takes in what more keys gave (statistics `lse`), to all its rows or the second halves."""
     _only_packed(packed)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gtpo_megatron.config import RunConfig
+from tests.parallel.pool import forget_model
 from tests.policy import training
 
 LAYERS = ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention")
@@ -23,12 +24,10 @@ def run_config(
 
 def each(job: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
     """What `job` returns for each case's arguments, one after the other on the same ranks."""
-    from megatron.core import parallel_state
-
     found = []
     for arguments in cases:
         found.append(job(*arguments))
-        parallel_state.destroy_model_parallel()
+        forget_model()
     return found
 
 
@@ -43,16 +42,6 @@ def logprobs(config: RunConfig) -> tuple[set[str], list[np.ndarray], dict[str, n
         policy, batch, config.parallel, config.training.micro_batch_tokens, temperature=1.0
     )
     return kinds, found, training.weights(policy)
-
-
-def export(config: RunConfig) -> tuple[set[str], dict[str, np.ndarray]]:
-    """Kinds of modules in the policy, and the weights that it exports as it was loaded."""
-    from gtpo_megatron.policy.model import build_policy, initialize_parallel
-
-    initialize_parallel(config.parallel, config.training.seed)
-    policy = build_policy(config.model, config.parallel, config.training, trained=False)
-    kinds = {type(module).__name__ for chunk in policy.chunks for module in chunk.modules()}
-    return kinds, training.weights(policy)
 
 
 def train(config: RunConfig, count: int) -> tuple[list[tuple[float, ...]], str, dict[str, np.ndarray]]:

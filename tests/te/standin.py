@@ -11,7 +11,6 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -21,8 +20,7 @@ import torch
 
 from tests.te import attention, experts, formats, kernels
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ROOT / ".build" / "te"
+PACKAGES = Path(__file__).resolve().parents[2] / ".build" / "te"
 
 # Members in order from 0; NAME=VALUE where the extension's own numbers are others. Compared with the compiled 2.20.2.
 ENUMS = {
@@ -73,25 +71,22 @@ CHECKS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def fetch() -> None:
-    """Have Transformer Engine's Python in PACKAGES. Once, before any process calls `install`."""
-    subprocess.run([ROOT / "tools" / "setup_te_standin.sh", sys.executable], check=True)
-
-
 def install() -> None:
     """Import Transformer Engine over the stand-ins, and let the project find it whole. Before megatron is imported.
 
-    Raises RuntimeError where it is too late, or `fetch` has not been called.
+    Raises RuntimeError where it is too late, or tools/setup_te_standin.sh has not run.
     """
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core is imported already, without Transformer Engine")
     if not (PACKAGES / "stamp").is_file():
-        raise RuntimeError("standin.fetch() first")
+        raise RuntimeError("run tools/setup_te_standin.sh first")
     sys.path.append(str(PACKAGES))
     sys.meta_path.insert(0, _WithoutChecks())
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for CUDA's libraries
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # to compile its small fusions for a CPU takes longer than the tests
+    os.environ["TORCH_COMPILE_DISABLE"] = (
+        "1"  # to compile its small fusions for a CPU takes longer than the tests
+    )
     sys.modules["transformer_engine_torch"] = _extension()
     spec = importlib.util.find_spec("transformer_engine")
     package = importlib.util.module_from_spec(spec)

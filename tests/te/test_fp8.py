@@ -13,40 +13,55 @@ RECIPES = {
     "tensorwise": {"format": "hybrid"},
     "blockwise": {"format": "e4m3", "recipe": "blockwise"},
     "delayed": {"format": "hybrid", "recipe": "delayed"},
+}
+WITH_OPTIONS = RECIPES | {
     "edges": {"format": "hybrid", "first_last_bf16": True},
     "weights": {"format": "hybrid", "param": True},
 }
 
 
-def losses(te_ranks: Any, checkpoint: Path, directory: Path, fp8: Any, **sections: Any) -> np.ndarray:
-    """Loss of each of three steps in bf16 with the FP8 section."""
-    config = jobs.run_config(directory, checkpoint, model={"dtype": "bf16", "fp8": fp8}, **sections)
-    world = sections.get("parallel", {}).get("tensor", 1)
-    return np.array([step[0] for step in te_ranks.run(world, jobs.train, config, STEPS)[0][0]])
+def losses(te_ranks: Any, checkpoint: Path, directory: Path, recipes: Any, **parallel: Any) -> np.ndarray:
+    """[recipes, steps] in bf16: losses of each FP8 section; all are trained in one job."""
+    cases = [
+        (
+            jobs.run_config(directory, checkpoint, model={"dtype": "bf16", "fp8": fp8}, parallel=parallel),
+            STEPS,
+        )
+        for fp8 in recipes
+    ]
+    world = parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("expert", 1)
+    trained = te_ranks.run(world, jobs.each, jobs.train, cases)[0]
+    return np.array([[step[0] for step in steps] for steps, *_ in trained])
 
 
-@pytest.fixture(scope="module")
-def in_bf16(te_ranks: Any, te_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return losses(te_ranks, te_checkpoint("llama"), tmp_path_factory.mktemp("bf16"), "none")
-
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("family", "recipes"), [("llama", WITH_OPTIONS), ("qwen3_moe", RECIPES)])
 def test_a_recipe_trains_near_bf16(
-    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, in_bf16: np.ndarray, name: str
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, recipes: dict[str, Any]
 ) -> None:
-    found = losses(te_ranks, te_checkpoint("llama"), tmp_path, RECIPES[name])
-    difference = np.abs(found - in_bf16).max() / in_bf16.min()
-    if name == "edges":  # both layers of this model are the first or the last: padding is what differs
-        assert difference < 1e-3
-    else:
-        assert 0 < difference < 0.05
-    assert found[-1] < found[0]
+    bf16, *found = losses(te_ranks, te_checkpoint(family), tmp_path, ["none", *recipes.values()])
+    for name, own in zip(recipes, found, strict=True):
+        difference = np.abs(own - bf16).max() / bf16.min()
+        # both layers of this model are the first or the last: padding is what differs
+        assert difference < 1e-3 if name == "edges" else 0 < difference < 0.05, name
+        assert own[-1] < own[0], name
 
 
-def test_two_tensor_ranks_train_near_one(te_ranks: Any, te_checkpoint: Any, tmp_path: Path) -> None:
-    path = te_checkpoint("llama")
-    one, two = (
-        losses(te_ranks, path, tmp_path, "hybrid", parallel=parallel)
-        for parallel in ({}, {"tensor": 2, "sequence": True})
-    )
-    np.testing.assert_allclose(two, one, rtol=0.03)
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("llama", {"tensor": 2, "sequence": True}),
+        ("qwen3", {"context": 2}),
+        ("qwen3", {"context": 2, "tensor": 2, "sequence": True}),
+        ("qwen3_moe", {"expert": 2}),
+    ],
+    ids=["tp2-sp", "cp2", "cp2-tp2-sp", "ep2"],
+)
+def test_a_layout_trains_near_one_process(
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, parallel: dict[str, Any]
+) -> None:
+    """Near, for each rank scales what it holds; a block of one token's values (blockwise) is the same in every layout."""
+    path = te_checkpoint(family)
+    one, split = (losses(te_ranks, path, tmp_path, RECIPES.values(), **layout) for layout in ({}, parallel))
+    np.testing.assert_allclose(split, one, rtol=0.03)
+    blockwise = list(RECIPES).index("blockwise")
+    np.testing.assert_allclose(split[blockwise, 0], one[blockwise, 0], rtol=1e-3)
