@@ -58,11 +58,12 @@ def _keep_those_of_the_layers(config: pytest.Config, items: list[pytest.Item]) -
     """With --layers=transformer_engine: tests on gloo ranks, but those that are marked `local_layers`, with the reason."""
     if config.getoption("--layers") == "auto":
         return
-    kept = [
-        item
-        for item in items
-        if "ranks" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("local_layers")
-    ]
+
+    def on_ranks(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return "ranks" in getattr(item, "fixturenames", ()) and "ranks" not in parameters
+
+    kept = [item for item in items if on_ranks(item) and not item.get_closest_marker("local_layers")]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -85,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def te_ranks() -> Iterator[DetachedPool]:
     """Gloo ranks whose policies are of Transformer Engine's layers, over stand-ins of its kernels."""
     subprocess.run([TESTS.parent / "tools" / "setup_te_standin.sh", sys.executable], check=True)
-    pool = DetachedPool("tests.te.imported")
+    pool = DetachedPool("tests.te.imported", TESTS.parent / ".build" / "te")
     yield pool
     pool.close()
 

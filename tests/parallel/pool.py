@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -95,13 +96,14 @@ class RankPool:
 
 class DetachedPool:
     """A RankPool in a process of its own, whose workers are forked from one that has imported another module: a process can
-    fork its workers from one such server only. Non-daemonic, for it has children: `close` it.
+    fork its workers from one such server only. `packages` is a folder of what that module imports, which this process does not
+    see. Non-daemonic, for it has children: `close` it.
     """
 
-    def __init__(self, imported: str) -> None:
+    def __init__(self, imported: str, packages: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_relay, args=(theirs, imported))
+        self._process = context.Process(target=_relay, args=(theirs, imported, packages))
         self._process.start()
         theirs.close()
 
@@ -118,7 +120,8 @@ class DetachedPool:
         self._process.join()
 
 
-def _relay(connection: Connection, imported: str) -> None:
+def _relay(connection: Connection, imported: str, packages: Path) -> None:
+    sys.path.append(str(packages))  # workers take their path from here
     pool = RankPool(imported=imported)
     try:
         while True:

@@ -122,6 +122,7 @@ def test_logprobs_and_gradients_are_those_of_peft(
         )
 
 
+@pytest.mark.local_layers("no float64")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(
     layout: str, base: Path, adapter: Path, ranks: RankPool, tmp_path: Path
@@ -129,6 +130,7 @@ def test_a_layout_equals_one_process(
     compare(ranks, base, adapter, tmp_path, *LAYOUTS[layout])
 
 
+@pytest.mark.local_layers("no float64")
 def test_a_tied_output_layer_on_two_stages(ranks: RankPool, tmp_path: Path) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", "qwen2_tied", initializer_range=0.04)
     adapter = peft_adapter(base, ALL, tmp_path / "adapter")

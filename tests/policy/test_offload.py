@@ -53,6 +53,7 @@ def places(config: Any) -> tuple[int, int, int]:
     )
 
 
+@pytest.mark.local_layers("Transformer Engine's Adam rounds otherwise than torch's on the host")
 @pytest.mark.parametrize(
     ("family", "world", "parallel"),
     [("qwen2_tied", 4, {"tensor": 2, "pipeline": 2}), ("qwen3_moe", 2, {"expert": 2})],

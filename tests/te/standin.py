@@ -80,7 +80,8 @@ def install() -> None:
         raise RuntimeError("megatron.core is imported already, without Transformer Engine")
     if not (PACKAGES / "stamp").is_file():
         raise RuntimeError("run tools/setup_te_standin.sh first")
-    sys.path.append(str(PACKAGES))
+    if str(PACKAGES) not in sys.path:
+        sys.path.append(str(PACKAGES))
     sys.meta_path.insert(0, _WithoutChecks())
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for CUDA's libraries
