@@ -27,6 +27,7 @@ from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import adapters, platform
 from gtpo_megatron.policy.layers.local import CoreAttention, RMSNorm
 from gtpo_megatron.policy.mends import bridge as bridge_mends
+from gtpo_megatron.policy.mends import engine as engine_mends
 
 with platform.importing_bridge():
     from megatron.bridge import AutoBridge
@@ -127,6 +128,7 @@ def build_policy(
     for module in modules:
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)
+        engine_mends.mark_expert_shards(module)
     bf16 = model.dtype == "bf16"
     alignment = sequence_alignment(parallel, fp8=model.fp8.enabled)
     if not trained:

@@ -18,6 +18,7 @@ from tests.parallel.pool import RankPool
 
 platform.install()
 
+import megatron.core.extensions.transformer_engine as transformer_engine  # noqa: E402
 import megatron.core.optimizer.distrib_optimizer as distrib_optimizer  # noqa: E402
 import megatron.core.transformer.moe.moe_utils as moe_utils  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
@@ -106,6 +107,11 @@ def host_offload(patch: Patch) -> bool:
         return update(fresh(mended)) != [0.5, 1.5]
     except KeyError:  # of the copy of a parameter
         return True
+
+
+def expert_shards(patch: Patch) -> bool:
+    """tests/te/test_layers.py shows what follows from it: without Transformer Engine there is nothing to run."""
+    return "tensor_model_parallel = " not in inspect.getsource(transformer_engine)
 
 
 def adam_step(patch: Patch) -> bool:
@@ -271,6 +277,7 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         peft_recompute,
         paged_stash,
         router_gemm,
+        expert_shards,
         adam_step,
         host_counts,
         host_offload,

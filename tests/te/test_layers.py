@@ -128,6 +128,7 @@ TRAINED: dict[int, list[tuple[str, dict[str, Any], bool]]] = {
         ("qwen3", VPP, False),
         ("qwen3", CP, False),
         ("qwen3", {}, True),
+        ("qwen3_moe", TP, False),
         ("qwen3_moe", EP, False),
     ],
     4: [("qwen3", TP | PP, True), ("qwen3", CP | TP, False), ("qwen3_moe", EP | PP, False)],

@@ -85,6 +85,13 @@ MENDS: dict[str, Mend] = {
         "NameError in the router of a mixture of experts: a name is defined with Transformer Engine alone",
         "policy/mends/core.py",
     ),
+    "expert-shards": Mend(
+        "megatron-core",
+        "<0.17",
+        "grouped experts that are split over tensor ranks: of each weight one shard counts in the gradient's norm, so it is clipped "
+        "too little",
+        "policy/mends/engine.py",
+    ),
     "adam-step": Mend(
         "megatron-core",
         "",
