@@ -37,6 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")  # names of Hugging Face
 bridge_mends.mend()
+engine_mends.mend()
 
 
 @dataclass(frozen=True)

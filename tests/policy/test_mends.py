@@ -114,6 +114,13 @@ def expert_shards(patch: Patch) -> bool:
     return "tensor_model_parallel = " not in inspect.getsource(transformer_engine)
 
 
+def expert_state(patch: Patch) -> bool:
+    """As above; tests/te/test_resume.py."""
+    return "if state is None:\n                return [torch.empty" not in inspect.getsource(
+        transformer_engine
+    )
+
+
 def adam_step(patch: Patch) -> bool:
     own, model = torch.zeros(2), nn.Parameter(torch.zeros(2))
     state = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2), "step": torch.tensor(3.0)}
@@ -278,6 +285,7 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         paged_stash,
         router_gemm,
         expert_shards,
+        expert_state,
         adam_step,
         host_counts,
         host_offload,

@@ -59,9 +59,8 @@ def test_a_recipe_trains_near_bf16(
 def test_a_layout_trains_near_one_process(
     te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, parallel: dict[str, Any]
 ) -> None:
-    """Near, for each rank scales what it holds; a block of one token's values (blockwise) is the same in every layout."""
+    """Near, for each rank scales what it holds, and attention over context ranks rounds its parts to bf16."""
     path = te_checkpoint(family)
     one, split = (losses(te_ranks, path, tmp_path, RECIPES.values(), **layout) for layout in ({}, parallel))
-    np.testing.assert_allclose(split, one, rtol=0.03)
-    blockwise = list(RECIPES).index("blockwise")
-    np.testing.assert_allclose(split[blockwise, 0], one[blockwise, 0], rtol=1e-3)
+    np.testing.assert_allclose(split, one, rtol=0.05)
+    np.testing.assert_allclose(split[:, 0], one[:, 0], rtol=3e-3)

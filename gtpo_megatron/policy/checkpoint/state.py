@@ -206,6 +206,8 @@ def load_training_state(policy: Policy, optimizer: Optimizer, adam_step: int, di
     _set_adam_step(optimizer, adam_step)
     for hybrid in _hybrids(optimizer):
         _keep_own_part(hybrid)
+    if policy.config.fp8 and policy.config.fp8_param:
+        _round_weights_again(policy, optimizer)
 
 
 def _load(tensors: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -278,6 +280,17 @@ def _inner(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
 def _hybrids(optimizer: Optimizer) -> list[HybridDeviceOptimizer]:
     """Those of an offloaded optimizer; each has a torch AdamW on the host for every parameter."""
     return [inner for inner in _inner(optimizer) if isinstance(inner, HybridDeviceOptimizer)]
+
+
+def _round_weights_again(policy: Policy, optimizer: Optimizer) -> None:
+    """Weights kept in FP8, from their main parameters as after an update. A file has them in bf16, which says neither their
+    scales nor their values exactly.
+    """
+    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+        part._copy_main_params_to_model_params()
+    if any(chunk.ddp_config.use_distributed_optimizer for chunk in policy.chunks):
+        for chunk in policy.chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _adams(optimizer: Optimizer) -> list[torch.optim.Optimizer]:

@@ -1,8 +1,26 @@
 """Mends of what Megatron-Core builds of Transformer Engine's layers."""
 
-from torch import nn
+from typing import Any
+
+import megatron.core.extensions.transformer_engine as layers
+from torch import Tensor, nn
 
 from gtpo_megatron.policy.mends.table import MENDS
+
+_split_extra_state = layers.TEGroupedLinear._split_extra_state if layers.HAVE_TE else None
+
+
+def mend() -> None:
+    """Mend what is needed of this version. Again is as once."""
+    if layers.HAVE_TE and MENDS["expert-state"].applies():
+        layers.TEGroupedLinear._split_extra_state = _split_what_there_is
+
+
+def _split_what_there_is(self: Any, state: Any) -> list[Any]:
+    """FP8 without state of its own has an empty one, for each expert as for all."""
+    if isinstance(state, Tensor) and state.numel() == 0:
+        return [state] * self.num_gemms
+    return _split_extra_state(self, state)
 
 
 def mark_expert_shards(model: nn.Module) -> None:

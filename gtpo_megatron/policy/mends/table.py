@@ -92,6 +92,12 @@ MENDS: dict[str, Mend] = {
         "too little",
         "policy/mends/engine.py",
     ),
+    "expert-state": Mend(
+        "megatron-core",
+        "<0.17",
+        "grouped experts in FP8 without state (tensorwise, blockwise): TypeError at the first checkpoint",
+        "policy/mends/engine.py",
+    ),
     "adam-step": Mend(
         "megatron-core",
         "",
