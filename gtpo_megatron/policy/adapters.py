@@ -59,6 +59,7 @@ def attach(bridge: Any, modules: list[nn.Module], lora: LoraConfig, seed: int) -
     with contextlib.redirect_stdout(io.StringIO()):  # it prints on rank 0
         peft(modules, training=True)
     for module in modules:
+        _gather_in_the_adapters(module)
         module.to(platform.device())
         for name, adapter in module.named_modules():
             # Else its checkpoints split each of gate and up in two, as a fused matrix: wrong in another tensor layout.
@@ -79,6 +80,21 @@ def attach(bridge: Any, modules: list[nn.Module], lora: LoraConfig, seed: int) -
                 )
             _assign(task, whole)
     return peft
+
+
+def _gather_in_the_adapters(module: nn.Module) -> None:
+    """Let adapters gather the normed input over sequence-parallel ranks themselves.
+
+    Transformer Engine would hand it out gathered, and drop the gradient that comes back for it: all layers below would
+    train on wrong gradients, silently.
+    """
+    for wrapper in module.modules():
+        base = getattr(wrapper, "to_wrap", None)
+        if getattr(base, "return_layernorm_output_gathered", False):
+            base.return_layernorm_output_gathered = False
+            for adapter in wrapper.adapter.modules():
+                if isinstance(adapter, utils.ParallelLinearAdapter):
+                    adapter.disable_sequence_parallel_comm = False
 
 
 def adapter_weights(bridge: Any, modules: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -114,6 +114,12 @@ def expert_shards(patch: Patch) -> bool:
     return "tensor_model_parallel = " not in inspect.getsource(transformer_engine)
 
 
+def gathered_norm(patch: Patch) -> bool:
+    """tests/policy/test_lora.py with Transformer Engine's layers shows what follows from it."""
+    attributes = fresh("megatron.bridge.peft.utils").get_adapter_attributes_from_linear
+    return "return_layernorm_output_gathered = " in inspect.getsource(attributes)
+
+
 def expert_state(patch: Patch) -> bool:
     """As above; tests/te/test_resume.py."""
     return "if state is None:\n                return [torch.empty" not in inspect.getsource(
@@ -282,6 +288,7 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         vocabulary_padding,
         peft_stand_ins,
         peft_recompute,
+        gathered_norm,
         paged_stash,
         router_gemm,
         expert_shards,

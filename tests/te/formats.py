@@ -95,17 +95,14 @@ def _in_blocks(values: Tensor, quantizer: Any, scales: Tensor) -> Tensor:
 
 
 def _scale(amax: Tensor, float8: torch.dtype, quantizer: Any) -> Tensor:
-    largest, epsilon = torch.finfo(float8).max, getattr(quantizer, "amax_epsilon", 0.0)
-    return scale_of(amax, largest, getattr(quantizer, "force_pow_2_scales", False), epsilon)
-
-
-def scale_of(amax: Tensor, largest: float, power_of_2: bool, epsilon: float) -> Tensor:
     """What brings `amax` to the format's largest value; 1 where it is zero or not finite."""
-    amax = amax.clamp_min(epsilon)
+    amax = amax.clamp_min(getattr(quantizer, "amax_epsilon", 0.0))
     usable = (amax > 0) & torch.isfinite(amax)
-    scale = torch.where(usable, largest / amax, torch.ones_like(amax))
+    scale = torch.where(usable, torch.finfo(float8).max / amax, torch.ones_like(amax))
     scale = scale.clamp_max(torch.finfo(torch.float32).max)
-    return torch.exp2(torch.floor(torch.log2(scale))) if power_of_2 else scale
+    if getattr(quantizer, "force_pow_2_scales", False):
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    return scale
 
 
 def _rounded(values: Tensor, float8: torch.dtype) -> Tensor:

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te.formats import DTYPES, FLOAT8, quantize, scale_of
+from tests.te.formats import DTYPES, FLOAT8, quantize
 
 __all__ = [
     "bgrad_quantize",
-    "compute_amax",
     "convert_bshd_to_thd",
     "convert_thd_to_bshd",
     "fp8_transpose",
@@ -18,7 +17,6 @@ __all__ = [
     "fused_rope_forward",
     "generic_gemm",
     "multi_tensor_adam",
-    "multi_tensor_compute_scale_and_scale_inv",
     "multi_tensor_l2norm",
     "multi_tensor_scale",
     "multi_tensor_scale_tensor",
@@ -203,19 +201,6 @@ def _positions(length: int, ranks: int, rank: int) -> Tensor:
     """Of one sequence, what a rank of context parallelism holds: the chunk of its number from the front and from the back."""
     chunks = torch.arange(length).split(length // (2 * ranks)) if ranks > 1 else [torch.arange(length)]
     return torch.cat([chunks[rank], chunks[-1 - rank]]) if ranks > 1 else chunks[0]
-
-
-def compute_amax(tensor: Tensor, amax: Tensor) -> None:
-    amax.copy_(tensor.abs().max())
-
-
-def multi_tensor_compute_scale_and_scale_inv(
-    chunk: int, noop: Tensor, lists: list[list[Tensor]], largest: float, power_of_2: bool, epsilon: float
-) -> None:
-    """lists: largest values, scales and their inverses, which are made of them"""
-    for amax, scale, inverse in zip(*lists, strict=True):
-        scale.copy_(scale_of(amax, largest, power_of_2, epsilon))
-        inverse.copy_(1 / scale)
 
 
 def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:

@@ -29,10 +29,10 @@ def mark_expert_shards(model: nn.Module) -> None:
     Transformer Engine is told that such experts are whole, because Megatron-Core's dispatcher does the communication: their
     weights stay without the mark by which the norm tells a shard from a copy.
     """
-    if not MENDS["expert-shards"].applies():
+    if not layers.HAVE_TE or not MENDS["expert-shards"].applies():
         return
     for module in model.modules():
-        grouped = hasattr(module, "num_gemms")  # Transformer Engine's alone
+        grouped = isinstance(module, layers.TEGroupedLinear)
         if grouped and module.explicit_expert_comm and module._tp_group.size() > 1:
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("weight"):

@@ -55,6 +55,12 @@ MENDS: dict[str, Mend] = {
         "without Transformer Engine, LoRA takes Megatron-Core's empty stand-ins for classes of layers",
         "policy/adapters.py",
     ),
+    "gathered-norm": Mend(
+        "megatron-bridge",
+        "",
+        "LoRA with sequence parallelism takes gathered norms from Transformer Engine, which drops their gradient: silently wrong",
+        "policy/adapters.py",
+    ),
     "peft-recompute": Mend(
         "megatron-bridge",
         "",
