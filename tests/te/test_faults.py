@@ -26,7 +26,9 @@ def built_deterministic(config: RunConfig, asked: bool) -> None:
         patch.dict("os.environ", {platform.DETERMINISM: "1"}),
         patch.object(model, "_configure", deterministic),
         patch.object(
-            platform, "use_deterministic_kernels", platform.use_deterministic_kernels if asked else int
+            platform,
+            "use_deterministic_kernels",
+            platform.use_deterministic_kernels if asked else lambda: None,
         ),
     ):
         training.start(config)
