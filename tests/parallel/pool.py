@@ -109,8 +109,11 @@ class DetachedPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As of RankPool."""
-        self._connection.send((world_size, pickle.dumps((function, args))))
-        done, found = self._connection.recv()
+        try:
+            self._connection.send((world_size, pickle.dumps((function, args))))
+            done, found = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise AssertionError("the pool's process was killed") from error
         if not done:
             raise AssertionError(found)
         return [pickle.loads(result) for result in found]
