@@ -3,8 +3,8 @@
 The real step runs (this project's policy, Megatron's schedule, the update) in the real layout, with the recipe's number of
 layers, on a narrow model and short sequences. Nothing is received from anybody, so no number that the step computes means
 anything; which collectives it calls, over which ranks and how large, does not depend on those numbers. The control plane
-(what ranks say to each other in Python objects) is left out, and so are mixtures of experts, whose exchanges are as large
-as the router's numbers say.
+(what ranks say to each other in Python objects) is left out. Experts' exchanges are as large as the router's numbers say: here
+it sends every expert as many tokens, and every other rank is taken to send what this one does.
 """
 
 import argparse
@@ -25,10 +25,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gtpo_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from gtpo_megatron.config import ParallelConfig, RunConfig
 from gtpo_megatron.config.loading import load_recipe
 from gtpo_megatron.plan.checks import read_shape
-from gtpo_megatron.plan.layout import HFShape, data_parallel_size, rank_layout, rank_parameters
+from gtpo_megatron.plan.communication import step_collectives
+from gtpo_megatron.plan.estimate import layout_of
+from gtpo_megatron.plan.facts import of_shape
+from gtpo_megatron.plan.layout import HFShape, data_parallel_size, rank_layout
+from gtpo_megatron.plan.work import Work
 from gtpo_megatron.policy import platform
 from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.shares import BatchTable
@@ -54,11 +58,11 @@ OPERATORS = {
     "reduce_scatter_": ("reduce_scatter", 1),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
     "broadcast_": ("broadcast", 0),
     "send": ("send", 0),
     "recv_": ("receive", 0),
 }
-PAIRWISE = ("send", "receive")
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,14 @@ class Collective:
     """A kind of call: what, over which ranks, and of which type. A pair of pipeline stages counts as a group of them all."""
 
     kind: str
-    group: (
-        str  # tensor, context, data (with context), pipeline, embedding, model (tensor and pipeline), world
-    )
+    group: str  # by the name in _group_names
     ranks: int
     dtype: str
 
 
 @dataclass(frozen=True)
 class Volume:
-    """How often in a step, and the bytes of the whole tensors: an all-gather's output, a reduce-scatter's input."""
+    """How often in a step, and the bytes of the whole tensors: an all-gather's output, a reduce-scatter's or an all-to-all's input."""
 
     calls: int
     bytes: int
@@ -89,14 +91,6 @@ class Batch:
     prompt: int  # tokens
     completion: int
     budget: int  # tokens of a micro-batch
-
-
-def sent(collective: Collective, volume: Volume) -> float:
-    """Bytes that a rank sends for it in a ring, the algorithm that gtpo_megatron/plan/time.py prices."""
-    if collective.kind in PAIRWISE:
-        return volume.bytes if collective.kind == "send" else 0
-    share = (collective.ranks - 1) / collective.ranks
-    return volume.bytes * {"all_reduce": 2 * share, "broadcast": 1}.get(collective.kind, share)
 
 
 class Counting(TorchDispatchMode):
@@ -118,19 +112,18 @@ class Counting(TorchDispatchMode):
             if name not in OPERATORS:
                 raise NotImplementedError(f"a step calls {name}, which is not counted")
             self._take(*OPERATORS[name], args)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))  # the fake group gathers what this rank has, from every rank
 
     def _take(self, kind: str, place: int, args: tuple) -> None:
         group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
         tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
-        if kind in ("receive", "all_gather"):
-            for tensor in tensors:
-                self._fill(tensor)
-        if group.size() == 1:
+        for received in [t for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor)]:
+            if kind in ("receive", "all_to_all"):
+                self._fill(received)
+        if group.size() == 1 or kind == "receive":  # the other end of a send
             return
-        ranks = self.pipeline if kind in PAIRWISE else group.size()
-        members = tuple(dist.get_process_group_ranks(group))
-        name = "pipeline" if kind in PAIRWISE else self.names[members]
+        ranks = self.pipeline if kind == "send" else group.size()
+        name = "pipeline" if kind == "send" else self.names[group.group_name]
         found = Collective(kind, name, ranks, str(tensors[0].dtype).removeprefix("torch."))
         self.calls[found] += 1
         self.bytes[found] += sum(t.nbytes for t in tensors)
@@ -144,8 +137,8 @@ class Counting(TorchDispatchMode):
         return {c: Volume(self.calls[c], self.bytes[c]) for c in ordered}
 
 
-def _group_names() -> dict[tuple[int, ...], str]:
-    """Names of Megatron's groups by their ranks; of groups with the same ranks the last one gives the name."""
+def _group_names() -> dict[str, str]:
+    """What Megatron's groups are for, by the name that torch gave each: two of the same ranks are told apart."""
     from megatron.core import parallel_state as state
 
     groups = {
@@ -153,11 +146,17 @@ def _group_names() -> dict[tuple[int, ...], str]:
         "model": state.get_model_parallel_group(),
         "embedding": state.get_embedding_group(check_initialized=False),
         "pipeline": state.get_pipeline_model_parallel_group(),
+        "expert data": state.get_expert_data_parallel_group(),
+        "expert tensor": state.get_expert_tensor_parallel_group(),
+        "expert": state.get_expert_model_parallel_group(),
+        "expert and tensor": state.get_expert_tensor_and_model_parallel_group(),
+        "expert model": state.get_expert_tensor_model_pipeline_parallel_group(),
+        "optimizer": state.get_intra_distributed_optimizer_instance_group(check_initialized=False),
         "data": state.get_data_parallel_group(with_context_parallel=True),
         "context": state.get_context_parallel_group(),
         "tensor": state.get_tensor_model_parallel_group(),
     }
-    return {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items() if group}
+    return {group.group_name: name for name, group in groups.items() if group}
 
 
 def narrow_model(directory: Path, source: Path, **changes: Any) -> Path:
@@ -189,6 +188,24 @@ def equal_sequences(batch: Batch) -> list[Trajectory]:
 
 
 @contextmanager
+def even_experts() -> Iterator[None]:
+    """The router sends token i to the experts from k i on, k in number: each gets as many tokens, if the counts divide."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    real = TopKRouter.gating
+
+    def gating(router: Any, hidden: torch.Tensor) -> torch.Tensor:
+        logits = real(router, hidden)
+        chosen, experts = router.config.moe_router_topk, logits.size(-1)
+        token, first = torch.arange(logits.numel() // experts)[:, None], torch.arange(experts)
+        bonus = 1e4 * ((first - chosen * token) % experts < chosen)
+        return logits + bonus.to(logits.dtype).view_as(logits)
+
+    with mock.patch.object(TopKRouter, "gating", gating):
+        yield
+
+
+@contextmanager
 def rank_of(rank: int, world: int, parallel: ParallelConfig) -> Iterator[None]:
     """Be that rank of a world in which nobody else is."""
     platform.install()
@@ -212,96 +229,120 @@ def rank_of(rank: int, world: int, parallel: ParallelConfig) -> Iterator[None]:
 
 
 def count_step(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    algorithm: AlgorithmConfig,
-    optimizer: OptimizerConfig,
-    batch: Batch,
-    *,
-    rank: int,
-    world: int,
+    config: RunConfig, batch: Batch, *, rank: int, world: int, scoring: bool = False
 ) -> dict[Collective, Volume]:
-    """The collectives of one rank in one step on policy: a forward and backward pass, and the update."""
+    """The collectives of one rank in one step on policy: a forward and backward pass, and the update; or of a pass that scores."""
+    parallel, optimizer = config.parallel, config.optimizer
     with rank_of(rank, world, parallel):
         from gtpo_megatron.policy import step
         from gtpo_megatron.policy.model import build_policy
         from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
 
-        def collect(data: list[dict[str, Any]], _: int) -> step.PassResult:
-            if data:
-                step._own_report(
-                    data
-                )  # what it sums over context-parallel ranks; the rest is the control plane's
-            return step.PassResult(0.0, {}, {})
-
         policy = build_policy(
-            model, parallel, training, distributed_optimizer=optimizer.distributed, load_weights=False
+            config.model,
+            parallel,
+            config.training,
+            trained=not scoring,
+            distributed_optimizer=optimizer.distributed,
+            load_weights=False,
         )
-        megatron = build_optimizer(optimizer, policy, steps=10)
+        megatron = None if scoring else build_optimizer(optimizer, policy, steps=10)
         completions = equal_sequences(batch)
         micro_batches = step.pack(policy, completions, parallel, batch.budget)
         tokens = {b.tokens.numel() for b in micro_batches}
         if len(tokens) != 1:
             raise ValueError(f"micro-batches of {sorted(tokens)} tokens: stages are told one shape")
         rows = tokens.pop() // (parallel.tensor if parallel.sequence else 1)
-        objective = step.batch_objective(algorithm, BatchTable.of(completions), 1.0)
+        objective = step.batch_objective(config.algorithm, BatchTable.of(completions), 1.0)
         shape = (rows, 1, policy.config.hidden_size)
-        with mock.patch.object(step, "_collect", collect), Counting(shape, parallel.pipeline) as counting:
-            step.forward_backward(policy, micro_batches, objective, batch.completions)
-            update = apply_update(megatron, policy, 0.0)
-        if not update.applied:
+        with (
+            mock.patch.object(step, "_collect", _collect_nothing),
+            even_experts(),
+            Counting(shape, parallel.pipeline) as counting,
+        ):
+            if scoring:
+                step.score(policy, micro_batches, batch.completions)
+            else:
+                step.forward_backward(policy, micro_batches, objective, batch.completions)
+                update = apply_update(megatron, policy, 0.0)
+        if not scoring and not update.applied:
             raise RuntimeError("the update was skipped: its collectives were not counted")
         return counting.volumes()
 
 
-def full_bytes(collective: Collective, counted: Volume, factor: int, parameters: int) -> int | None:
-    """Bytes at the model's real width and the batch's real length; None where they are not computed.
+def _collect_nothing(data: list[dict[str, Any]], _: int) -> Any:
+    """What is summed over context-parallel ranks; the rest is the control plane's."""
+    from gtpo_megatron.policy import step
 
-    Hidden states (bf16, over tensor-parallel ranks and between stages) grow with tokens times width, their shapes with
-    nothing; gradients (fp32) and parameters (bf16) over replicas are the rank's parameters, without padding.
-    """
-    if collective.dtype == "int64":
-        return counted.bytes
-    if collective.dtype == "bfloat16" and collective.group in ("tensor", "pipeline"):
-        return counted.bytes * factor
-    if collective.group == "data" and collective.kind in ("reduce_scatter", "all_gather"):
-        return parameters * {"float32": 4, "bfloat16": 2}[collective.dtype]
-    return None
+    if data:
+        step._own_report(data)
+    return step.PassResult(0.0, {}, {})
+
+
+def planned_step(
+    config: RunConfig, shape: HFShape, batch: Batch, *, stage: int, world: int, scoring: bool = False
+) -> dict[tuple[str, str, str], float]:
+    """The planner's bytes of that step on a rank of a pipeline stage, by kind, group and type."""
+    length = batch.prompt + batch.completion
+    work = Work(
+        row=length,
+        rows=batch.budget // length,
+        micro_batches=batch.completions
+        // data_parallel_size(config.parallel, world)
+        // (batch.budget // length),
+        recompute=config.training.recompute,
+        forward_only=scoring,
+        frozen=config.model.lora is not None,
+        answered=batch.completion / length,
+    )
+    planned = step_collectives(of_shape(shape, ""), layout_of(config, world), work, stage)
+    return {(c.kind, c.group, c.dtype): c.bytes for c in planned}
+
+
+def is_left_out(collective: Collective, volume: Volume) -> bool:
+    """Whether the planner leaves it out: whole numbers, scalars, and sums over a completion."""
+    return (
+        collective.dtype == "int64"
+        or volume.bytes <= 8 * volume.calls
+        or (collective.group, collective.kind) == ("context", "all_reduce")
+    )
 
 
 def count_recipe(recipe: Path, source: Path, world: int) -> dict[str, Any]:
-    """Counts of a recipe's step on the first rank of each pipeline stage, and what was made smaller for it."""
-    config = load_recipe(recipe, [])
-    parallel, whole = config.parallel, read_shape(str(source))
+    """Counts of a recipe's step on the first rank of each pipeline stage beside the planner's, and what was made smaller for it."""
+    config = load_recipe(recipe, [f"model.path={source}", "model.layers=local"])
     completions = config.rollout.prompts_per_step * config.rollout.group_size
     real = Batch(completions, 256, 1792, config.training.micro_batch_tokens)
     batch = Batch(completions, real.prompt // SHORTER, real.completion // SHORTER, real.budget // SHORTER)
-    places = [p for p in rank_layout(parallel, world) if p.tensor == p.context == p.data == 0]
-    factor = SHORTER * whole.hidden // NARROW["hidden_size"]
-    stages = []
+    whole = read_shape(str(source))
     with tempfile.TemporaryDirectory() as folder:
-        path = narrow_model(Path(folder), source)
-        model = config.model.model_copy(update={"path": str(path), "tokenizer": None})
-        for place in places:
-            counted = count_step(
-                model,
-                parallel,
-                config.training,
-                config.algorithm,
-                config.optimizer,
-                batch,
-                rank=place.rank,
-                world=world,
-            )
-            parameters = rank_parameters(whole, parallel, place.pipeline).total
-            rows = [
-                asdict(c) | asdict(v) | {"full_bytes": full_bytes(c, v, factor, parameters)}
-                for c, v in counted.items()
-            ]
-            calls = sum(v.calls for v in counted.values())
-            stages.append({"stage": place.pipeline, "rank": place.rank, "calls": calls, "collectives": rows})
+        path = str(narrow_model(Path(folder), source))
+        model = config.model.model_copy(update={"path": path, "tokenizer": None})
+        small, shape = config.model_copy(update={"model": model}), read_shape(path)
+        stages = []
+        for place in rank_layout(config.parallel, world):
+            if place.tensor == place.context == place.data == 0:
+                counted = count_step(small, batch, rank=place.rank, world=world)
+                stage = {"stage": place.pipeline, "world": world}
+                planned = planned_step(small, shape, batch, **stage)
+                full = planned_step(config, whole, real, **stage)
+                rows = [_row(c, v, planned, full) for c, v in counted.items()]
+                calls = sum(v.calls for v in counted.values())
+                stages.append(
+                    {"stage": place.pipeline, "rank": place.rank, "calls": calls, "collectives": rows}
+                )
     return _described(recipe, whole, config, world, real) | {"stages": stages}
+
+
+def _row(
+    collective: Collective,
+    counted: Volume,
+    planned: dict[tuple[str, str, str], float],
+    full: dict[tuple[str, str, str], float],
+) -> dict[str, Any]:
+    key = (collective.kind, collective.group, collective.dtype)
+    both = {"planned_bytes": round(planned[key]), "full_bytes": round(full[key])} if key in planned else {}
+    return asdict(collective) | asdict(counted) | {"planned_bytes": None, "full_bytes": None} | both
 
 
 def _described(recipe: Path, whole: HFShape, config: Any, world: int, real: Batch) -> dict[str, Any]:
@@ -319,8 +360,9 @@ def _described(recipe: Path, whole: HFShape, config: Any, world: int, real: Batc
             "tokens_of_every_sequence_and_budget": f"1/{SHORTER}",
             "left_as_they_are": "layout, ranks, layers, number of sequences and of micro-batches, types",
             "bytes": "of the small tensors, as counted",
-            "full_bytes": "hidden states: counted bytes times tokens and width; gradients and parameters over replicas: "
-            "the rank's real parameters; null: not computed",
+            "planned_bytes": "of the small tensors, by gtpo_megatron/plan/communication.py; null: not planned (whole numbers, "
+            "scalars)",
+            "full_bytes": "the same of the real model and the real batch",
             "equal_sequences": "all sequences are as long as each other, so that every micro-batch is full; a real batch "
             "may need more micro-batches",
             "not_counted": "the control plane (Python objects), weights to servers, checkpoints, the scoring pass of the "

@@ -9,19 +9,19 @@ from pathlib import Path
 from gtpo_megatron.config import ParallelConfig, RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.checks import batch_problems, layout_problems
-from gtpo_megatron.plan.facts import GPU, Efficiency, of_shape
+from gtpo_megatron.plan.communication import Collective, decisive_stages, step_collectives
+from gtpo_megatron.plan.facts import GPU, Efficiency, Model, of_shape
 from gtpo_megatron.plan.flop import model_flop, scoring_passes
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
 from gtpo_megatron.plan.memory import RankMemory, smallest_server, training_memory
 from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
 from gtpo_megatron.plan.time import (
     UNCERTAINTY,
-    Layout,
     StepTime,
-    Work,
     step_time,
     transfer_seconds,
 )
+from gtpo_megatron.plan.work import Layout, Work
 
 TYPICAL_SHARE = 0.4  # of max_new_tokens that an average completion has, where nothing better is known
 TYPICAL_PROMPT = 0.25  # of max_prompt_tokens
@@ -35,10 +35,24 @@ class StepPlan:
     scoring: float
     sampling: float | None
     transfer: float
+    overhead: float  # rewards, packing, logging
     checkpoint: float  # of one that is saved; not part of `step`
+    overlapped: bool  # sampling runs beside the rest
     step: float
     tokens: float  # prompts included
     flop_share: float  # model FLOP utilisation while training
+
+    @property
+    def limit(self) -> str:
+        """What a step waits for most."""
+        parts = {
+            "sampling": self.sampling or 0.0,
+            "training": self.training.total,
+            "scoring": self.scoring,
+            "weight transfer": self.transfer,
+            "overhead": self.overhead,
+        }
+        return max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Plan:
     recompute: str
     memory: tuple[RankMemory, ...]
     step: StepPlan
+    collectives: tuple[Collective, ...]  # of a training step, on the stage that sends most
     server: Server | None  # one of them; None where none samples
     servers: int
     uncertainty: dict[str, float]
@@ -91,10 +106,13 @@ class Plan:
                 "training": step.training.total,
                 "scoring": step.scoring,
                 "transfer": step.transfer,
+                "overhead": step.overhead,
                 "checkpoint": step.checkpoint,
                 "training_by_cause": asdict(step.training),
             },
             "limit": step.training.limit,
+            "step_limit": step.limit,
+            "communication": [asdict(c) | {"bytes": c.bytes, "sent": c.sent} for c in self.collectives],
             "tokens_per_step": step.tokens,
             "mfu_training": step.flop_share,
             "servers": _server_dict(self.server, self.servers),
@@ -206,10 +224,16 @@ def make_plan(
         config.training.recompute,
         training_memory(config, shape, gpus, int(work.micro_batches)),
         step,
+        _most_sent(of_shape(shape, ""), layout_of(config, gpus), work),
         Server(of_shape(shape, ""), gpu, tensor) if tensor else None,
         servers,
         uncertainty,
     )
+
+
+def _most_sent(model: Model, layout: Layout, work: Work) -> tuple[Collective, ...]:
+    stages = (step_collectives(model, layout, work, stage) for stage in decisive_stages(layout))
+    return max(stages, key=lambda stage: sum(c.sent for c in stage))
 
 
 def server_shape(
@@ -286,6 +310,7 @@ def packed_work(
         eager=local,
         frozen=config.model.lora is not None,
         offload=config.optimizer.offload,
+        answered=sum(lengths) / total,
     )
 
 
@@ -298,15 +323,8 @@ def _step(
     sampling: float | None,
     reached: Efficiency,
 ) -> StepPlan:
-    model, parallel, algorithm = of_shape(shape, ""), config.parallel, config.algorithm
-    layout = Layout(
-        gpus,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.virtual_pipeline or 1,
-        parallel.context,
-        parallel.expert,
-    )
+    model, algorithm = of_shape(shape, ""), config.algorithm
+    layout = layout_of(config, gpus)
     training = step_time(model, gpu, layout, work, reached)
     passes = scoring_passes(algorithm)
     scored = replace(work, recompute="none", forward_only=True)
@@ -321,7 +339,36 @@ def _step(
     share = tokens * model_flop(model, work.row, work.kind) / gpus / training.total / gpu.bf16
     written = model.parameters * (14 if config.model.dtype == "bf16" else 12)
     checkpoint = written / ceil(gpus / gpu.node) / (reached.checkpoint_node_gb_s * 1e9)
-    return StepPlan(training, scoring, sampling, transfer, checkpoint, step + overhead, tokens, share)
+    return StepPlan(
+        training,
+        scoring,
+        sampling,
+        transfer,
+        overhead,
+        checkpoint,
+        overlapped,
+        step + overhead,
+        tokens,
+        share,
+    )
+
+
+def layout_of(config: RunConfig, gpus: int) -> Layout:
+    """As the trainer has it: parameters are gathered when the update is done, and gradients during the backward pass if asked for."""
+    parallel = config.parallel
+    return Layout(
+        gpus,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline or 1,
+        parallel.context,
+        parallel.expert,
+        sequence=parallel.sequence,
+        distributed=config.optimizer.distributed,
+        ring=config.model.layers != "local",
+        overlap_gradients=config.training.overlap_grad_reduce,
+        overlap_parameters=False,
+    )
 
 
 def check_layout(config: RunConfig, shape: HFShape, gpus: int) -> None:

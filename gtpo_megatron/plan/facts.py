@@ -47,6 +47,7 @@ class Efficiency:
     exposed_context: float
     exposed_data: float
     exposed_expert: float
+    exposed_pipeline: float
     eager_traffic: float
     routed_element_ps: float
     prefill_matmul: float
@@ -100,6 +101,8 @@ class Model:
     dense_layers: int = 0  # in a mixture of experts, the layers before the experts begin
     mla: Latent | None = None
     sliding: Sliding | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = False
 
     @property
     def expert_layers(self) -> int:
@@ -125,6 +128,26 @@ class Model:
         return queries + compress + expand + self.value_width * self.hidden
 
     @property
+    def layer_norms(self) -> int:
+        """Parameters of a layer's norms."""
+        return 2 * self.hidden + self.head_norms
+
+    @property
+    def head_norms(self) -> int:
+        """Those of them that norm each head's queries and keys."""
+        return 2 * self.head_dim * self.qk_norm
+
+    @property
+    def layer_biases(self) -> int:
+        """Parameters of a layer's biases."""
+        return (self.query_width + 2 * self.kv_heads * self.head_dim) * self.qkv_bias
+
+    @property
+    def router_parameters(self) -> int:
+        """Of all layers."""
+        return self.expert_layers * self.hidden * self.experts
+
+    @property
     def cache_elements(self) -> int:
         """Elements of the KV cache for one token, all layers."""
         each = self.mla.kv_rank + self.mla.rope_dim if self.mla else 2 * self.kv_heads * self.head_dim
@@ -134,8 +157,8 @@ class Model:
     def dense_parameters(self) -> int:
         """Of all layers without routed experts and without embeddings."""
         feed_forward = (self.layers - self.expert_layers) * 3 * self.hidden * self.ffn
-        shared = self.expert_layers * self.hidden * (3 * self.shared_ffn + self.experts)
-        return self.layers * self.attention_parameters + feed_forward + shared
+        shared = self.expert_layers * self.hidden * 3 * self.shared_ffn
+        return self.layers * self.attention_parameters + feed_forward + shared + self.router_parameters
 
     @property
     def expert_parameters(self) -> int:
@@ -181,6 +204,8 @@ def of_shape(shape: HFShape, name: str) -> Model:
         experts=shape.experts,
         experts_per_token=shape.experts_per_token,
         expert_ffn=shape.expert_ffn,
+        qk_norm=shape.qk_norm,
+        qkv_bias=shape.qkv_bias,
     )
 
 

@@ -18,7 +18,7 @@ from gtpo_megatron.plan.layout import (
     rank_parameters,
 )
 from gtpo_megatron.plan.lora import adapter_parameters
-from gtpo_megatron.plan.time import Layout, Recompute, Work
+from gtpo_megatron.plan.work import Layout, Recompute, Work
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # CUDA context, kernels and NCCL's buffers: usual on H100, differs with driver and groups

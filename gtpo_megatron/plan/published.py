@@ -17,7 +17,8 @@ from gtpo_megatron.plan.sampling import (
     served_tokens_per_second,
     spread_lengths,
 )
-from gtpo_megatron.plan.time import UNCERTAINTY, Layout, Precision, Work, step_time, transfer_seconds
+from gtpo_megatron.plan.time import UNCERTAINTY, step_time, transfer_seconds
+from gtpo_megatron.plan.work import Layout, Precision, Work
 
 COLUMNS = (
     "id,kind,model,gpus,system,TP,PP,CP,VP,EP,DP,FSDP,seq_len,MBS,GBS,precision,result,unit,extra,source"

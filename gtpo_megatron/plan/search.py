@@ -119,7 +119,7 @@ def _slower(plan: Plan, best: Plan) -> str:
     cause = max(vars(mine), key=lambda name: getattr(mine, name) - getattr(theirs, name))
     more = mine.total - theirs.total
     worse = getattr(mine, cause) - getattr(theirs, cause)
-    return f"trains {more:.2f} s slower; most of it {cause}: {worse:+.2f} s"
+    return f"trains {more:.2f} s slower; {cause} {worse:+.2f} s"
 
 
 def _waits(plan: Plan, best: Plan) -> str:
@@ -130,4 +130,4 @@ def _waits(plan: Plan, best: Plan) -> str:
         "scoring": mine.scoring - theirs.scoring,
     }
     cause = max(causes, key=lambda name: causes[name])
-    return f"a step is {mine.step - theirs.step:.1f} s longer; {cause}: {causes[cause]:+.1f} s"
+    return f"{mine.step - theirs.step:+.1f} s; {cause} {causes[cause]:+.1f}"

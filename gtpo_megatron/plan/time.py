@@ -4,64 +4,21 @@ Operations are model FLOP (`flop`); what is computed again for recomputation com
 times micro-batches, times 1 + (stages - 1) / (chunks x micro-batches), the bubble of Narayanan et al. 2021 (arXiv:2104.04473, 2.2).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from gtpo_megatron.plan.communication import (
+    Collective,
+    decisive_stages,
+    stage_parameters,
+    step_collectives,
+)
 from gtpo_megatron.plan.facts import GPU, Efficiency, Model
-from gtpo_megatron.plan.flop import SHARES, Pass, attention_flop
+from gtpo_megatron.plan.flop import SHARES, attention_flop
+from gtpo_megatron.plan.work import AGAIN, Layout, Work
 
-Precision = Literal["bf16", "fp8"]
-Recompute = Literal["none", "selective", "matmuls", "full"]
-# Additional forward operations of (matrix products, attention), as shares of one forward pass. `selective` is Megatron's (the
-# core attention), `matmuls` torchtitan's selective checkpointing by operations (every second product)
-AGAIN: dict[Recompute, tuple[float, float]] = {
-    "none": (0.0, 0.0),
-    "selective": (0.0, 1.0),
-    "matmuls": (0.5, 0.0),
-    "full": (1.0, 1.0),
-}
 # Relative errors that outputs carry: somewhat above the largest of docs/planner.md's table for that kind.
 UNCERTAINTY = {"dense": 0.15, "mixture": 0.40, "rl": 0.25, "serving": 0.25, "memory": 0.05}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model is spread over GPUs."""
-
-    gpus: int
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    context: int = 1
-    expert: int = 1
-    sharded: bool = False  # parameters too (FSDP): gathered for every micro-batch
-    once_per_node: bool = False  # a token crosses to a node once, however many experts it has there (DeepEP)
-
-    @property
-    def data(self) -> int:
-        """Replicas of the model."""
-        return self.gpus // (self.tensor * self.pipeline * self.context)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a replica does in a step."""
-
-    row: int  # tokens of a sequence, which attention sees
-    rows: float  # of a micro-batch
-    micro_batches: float
-    precision: Precision = "bf16"
-    recompute: Recompute = "none"
-    eager: bool = False  # no fused kernels
-    torch_attention: bool = False  # torch's attention instead of Transformer Engine's
-    forward_only: bool = False
-    frozen: bool = False  # weights are not trained (LoRA): no gradients of theirs, and no Adam; adapters count as nothing
-    offload: bool = False  # Adam's state is in host memory, and the host computes its update
-
-    @property
-    def kind(self) -> Pass:
-        """What a pass computes."""
-        return "forward" if self.forward_only else "frozen" if self.frozen else "training"
 
 
 @dataclass(frozen=True)
@@ -75,6 +32,7 @@ class StepTime:
     tensor: float = 0.0  # communication that is not hidden, each
     context: float = 0.0
     expert: float = 0.0
+    pipeline: float = 0.0
     imbalance: float = 0.0  # the last stage has the head
     bubble: float = 0.0
     data: float = 0.0
@@ -92,19 +50,29 @@ class StepTime:
 
 def step_time(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency) -> StepTime:
     """Seconds of a step: forward and backward of all micro-batches, gradients, Adam."""
-    stage = _stage(model, gpu, layout, work, reached)
-    m = work.micro_batches
-    steady = StepTime(**{name: value * m for name, value in vars(stage).items()})
-    bubble = steady.total * (layout.pipeline - 1) / (layout.virtual * m)
+    stages = decisive_stages(layout)
+    sent = [step_collectives(model, layout, work, stage) for stage in stages]
+    links = _links(model, gpu, layout, reached)
+    waits = {cause: max(_waited(s, cause, layout, links, reached) for s in sent) for cause in _CAUSES}
+    steady = replace(_computed(model, gpu, layout, work, reached), **waits)
+    bubble = steady.total * (layout.pipeline - 1) / (layout.virtual * work.micro_batches)
     if work.forward_only:
         return replace(steady, bubble=bubble)
-    trained = 0.0 if work.frozen else _rank_parameters(model, layout) / layout.data
+    own = 0.0 if work.frozen else max(_updated(model, layout, stage) for stage in stages)
     return replace(
         steady,
         bubble=bubble,
-        data=_data(model, gpu, layout, work, reached, stage.total),
-        optimizer=_adam(gpu, trained, work.offload, reached),
+        data=max(_data(s, layout, work, links, reached, steady.total) for s in sent),
+        optimizer=_adam(gpu, own, work.offload, reached),
     )
+
+
+def _updated(model: Model, layout: Layout, stage: int) -> float:
+    """Parameters that a rank's optimizer updates."""
+    dense, expert = stage_parameters(model, layout, stage)
+    if layout.distributed or layout.sharded:
+        return dense / layout.replicas + expert / layout.expert_replicas
+    return dense + expert
 
 
 def _adam(gpu: GPU, parameters: float, offload: bool, reached: Efficiency) -> float:
@@ -118,16 +86,15 @@ def _adam(gpu: GPU, parameters: float, offload: bool, reached: Efficiency) -> fl
     return 30 * parameters / (gpu.bandwidth * reached.memory)
 
 
-def _stage(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency) -> StepTime:
-    """Of one micro-batch on an average stage, and what the head adds to the last one."""
-    tokens = work.rows * work.row / layout.context
-    share = tokens / (layout.tensor * layout.pipeline)
+def _computed(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency) -> StepTime:
+    """What an average stage computes in a step, and what the head adds to the last one."""
+    share = work.tokens * work.micro_batches / (layout.context * layout.tensor * layout.pipeline)
     fast = gpu.bf16 * gpu.power
     bf16 = fast * reached.bf16_matmul
     rate = gpu.fp8 * gpu.power * reached.fp8_matmul if work.precision == "fp8" and gpu.fp8 else bf16
     products, scores = (again / 3 for again in AGAIN[work.recompute])
     whole, attended = SHARES[work.kind]
-    part = 1 / 3 if work.forward_only else 1  # of communication and traffic
+    part = 1 / 3 if work.forward_only else 1  # of memory traffic
     if work.forward_only:
         products = scores = 0.0
     weights = model.dense_parameters + model.active_expert_parameters
@@ -143,9 +110,6 @@ def _stage(model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficien
         * (attended + scores),
         memory=traffic * share * (part + products) / (gpu.bandwidth * reached.memory),
         routing=routed * share * reached.routed_element_ps * 1e-12 * (part + products),
-        tensor=_tensor(model, gpu, layout, tokens, reached) * (part + products),
-        context=_context(model, gpu, layout, tokens, reached) * (part + products),
-        expert=_expert(model, gpu, layout, share, reached) * (part + products),
         imbalance=head * _imbalance(model, layout),
     )
 
@@ -156,58 +120,86 @@ def _imbalance(model: Model, layout: Layout) -> float:
     return layout.pipeline - 1 if divides else 0
 
 
-def _bandwidth(gpu: GPU, size: int, stride: int, reached: Efficiency) -> float:
-    """Of a ring over `size` ranks that stand `stride` apart: a node's members share its network cards."""
-    within = max(1, gpu.node // stride)
-    inside, outside = gpu.nvlink * reached.nvlink, gpu.network * reached.network
-    return inside if size <= within else min(inside, outside * within)
+# What a step's communication is called by, and the groups over which it goes. That over replicas is apart: it has a pass to hide behind
+_CAUSES = {
+    "tensor": ("tensor",),
+    "context": ("context",),
+    "expert": ("expert", "expert tensor"),
+    "pipeline": ("pipeline",),
+}
+_UPDATE = ("data", "expert data", "embedding")
 
 
-def _tensor(model: Model, gpu: GPU, layout: Layout, tokens: float, reached: Efficiency) -> float:
-    """Of a layer forward and backward: four gathers and four reductions of the hidden states, two bytes an element."""
-    size = layout.tensor
-    volume = 8 * model.layers / layout.pipeline * tokens * model.hidden * 2 * (size - 1) / size
-    return volume / _bandwidth(gpu, size, 1, reached) * reached.exposed_tensor
+@dataclass(frozen=True)
+class _Links:
+    """What a rank's links carry, in bytes/s."""
+
+    inside: float  # of a node
+    outside: float
+    node: int  # ranks in it
+    together: int  # copies of a token that cross to a node as one; 1: each for itself
 
 
-def _context(model: Model, gpu: GPU, layout: Layout, tokens: float, reached: Efficiency) -> float:
-    """Keys and values go round once forward; they and their gradients backward."""
-    keys = model.cache_elements / layout.pipeline / layout.tensor
-    volume = 3 * keys * 2 * tokens * (layout.context - 1)
-    return volume / _bandwidth(gpu, layout.context, layout.tensor, reached) * reached.exposed_context
+def _links(model: Model, gpu: GPU, layout: Layout, reached: Efficiency) -> _Links:
+    together = model.experts_per_token if layout.once_per_node else 1
+    return _Links(gpu.nvlink * reached.nvlink, gpu.network * reached.network, gpu.node, together)
 
 
-def _expert(model: Model, gpu: GPU, layout: Layout, share: float, reached: Efficiency) -> float:
-    """Tokens to their experts and back, forward and backward. Between nodes a copy crosses its rank's own card."""
-    if layout.expert == 1:
-        return 0.0
-    volume = 4 * model.expert_layers * model.experts_per_token * model.hidden * 2 * share
-    remote = max(0.0, 1 - gpu.node / layout.expert)
-    near = volume * (1 - 1 / layout.expert - remote) / (gpu.nvlink * reached.nvlink)
-    if layout.once_per_node and remote:
-        nodes, copies = layout.expert / gpu.node, model.experts_per_token
-        remote *= nodes * (1 - (1 - 1 / nodes) ** copies) / copies
-    return (near + volume * remote / (gpu.network * reached.network)) * reached.exposed_expert
+def _seconds(collective: Collective, links: _Links) -> float:
+    """Of a stage's calls in a step, if nothing hid them."""
+    within = max(1, links.node // collective.stride)  # ranks of the group in a node
+    if collective.ranks <= within:
+        return collective.sent / links.inside
+    if collective.kind == "send":
+        return collective.sent / links.outside
+    if collective.kind == "all_to_all":
+        return _exchange(collective, within, links)
+    # in a ring a node's members share its network cards
+    return collective.sent / min(links.inside, links.outside * within)
 
 
-def _rank_parameters(model: Model, layout: Layout) -> float:
-    dense = (model.dense_parameters + model.head_parameters) / (layout.tensor * layout.pipeline)
-    experts = model.expert_parameters / layout.pipeline
-    return dense + experts / (layout.expert if layout.expert > 1 else layout.tensor)
+def _exchange(collective: Collective, within: int, links: _Links) -> float:
+    """Copies of tokens on their way to experts. Between nodes each crosses its rank's own card."""
+    nodes, copies = collective.ranks / within, links.together
+    remote = (1 - 1 / nodes) * collective.bytes
+    near = collective.sent - remote
+    crossing = remote * nodes * (1 - (1 - 1 / nodes) ** copies) / copies
+    return near / links.inside + crossing / links.outside
+
+
+def _waited(
+    stage: Iterable[Collective], cause: str, layout: Layout, links: _Links, reached: Efficiency
+) -> float:
+    """Seconds of a stage's communication that nothing hides. Without chunks of its own a stage waits for what it is sent."""
+    exposed = getattr(reached, f"exposed_{cause}")
+    if cause == "pipeline" and layout.virtual == 1:
+        exposed = 1.0
+    return exposed * sum(_seconds(c, links) for c in stage if c.group in _CAUSES[cause])
 
 
 def _data(
-    model: Model, gpu: GPU, layout: Layout, work: Work, reached: Efficiency, micro_batch: float
+    stage: Iterable[Collective],
+    layout: Layout,
+    work: Work,
+    links: _Links,
+    reached: Efficiency,
+    passes: float,
 ) -> float:
-    """Gradients summed and parameters gathered over the replicas, less what half the backward pass hides."""
-    if work.frozen or layout.data * layout.context == 1:
-        return 0.0
-    size = layout.data * layout.context
-    bytes_each = 2 + 2 + 4 if layout.sharded else 4 + 2  # gathered (twice if sharded), gradients in fp32
-    times = work.micro_batches if layout.sharded else 1
-    seconds = bytes_each * _rank_parameters(model, layout) / _bandwidth(gpu, size, layout.tensor, reached)
-    hidden = micro_batch * (2 / 3) * (1 if layout.sharded else layout.pipeline) / 2
-    return times * max(seconds - hidden, seconds * reached.exposed_data)
+    """Gradients summed and parameters gathered over the replicas, less what half the backward pass hides of what may overlap."""
+    alone = beside = 0.0
+    for collective in stage:
+        if collective.group not in _UPDATE:
+            continue
+        gathers = collective.kind == "all_gather"
+        overlaps = layout.overlap_parameters if gathers else layout.overlap_gradients
+        seconds = _seconds(collective, links)
+        if overlaps and collective.group != "embedding":
+            beside += seconds
+        else:
+            alone += seconds
+    # of the last micro-batch of each chunk; parameters that are sharded come and go with every one
+    window = passes if layout.sharded else passes / work.micro_batches * layout.pipeline
+    return alone + max(beside - window * (2 / 3) / 2, beside * reached.exposed_data)
 
 
 def transfer_seconds(model: Model, gpu: GPU, reached: Efficiency, senders: int = 1) -> float:

@@ -107,6 +107,13 @@ def test_no_cell_makes_a_traceback(start: str) -> None:
                 assert comparison.predicted is None or comparison.predicted > 0, (column, value)
 
 
+def test_half_the_gpus_may_hold_fewer_experts_than_they_are_spread_over() -> None:
+    """A GRPO run one step ahead is taken as giving half its GPUs to training."""
+    row = next(row for row in rows() if row["id"].startswith("nrl-0.6-DeepSeek"))
+    (comparison,) = compare_row(row | {"gpus": "256"})
+    assert comparison.predicted is not None and comparison.predicted > 0
+
+
 @pytest.mark.parametrize("directory", sorted(path.name for path in CONFIGS.iterdir()))
 def test_published_shapes_are_those_of_config_json(directory: str) -> None:
     own = read_shape(str(CONFIGS / directory))

@@ -128,4 +128,4 @@ def test_the_command_says_what_was_replaced(
     with pytest.raises(SystemExit) as error:
         main(["plan", "--published", "rows.csv", "--calibrate", run])
     assert error.value.code == 2
-    assert "give no recipe with it, nor --calibrate" in capsys.readouterr().err
+    assert "no other option than --json" in capsys.readouterr().err
