@@ -12,6 +12,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine.probe import Machine, this_machine
 from gtpo_megatron.plan.absent import Part
 from gtpo_megatron.plan.evaluation import evaluation_length_problems, evaluation_problems
+from gtpo_megatron.plan.hub import read_config
 from gtpo_megatron.plan.layout import (
     HFShape,
     data_parallel_size,
@@ -67,17 +68,7 @@ def check_run(
 
 def read_shape(path: str) -> HFShape:
     """The shape of a supported checkpoint, from its config.json alone (a local directory or a hub name)."""
-    from transformers import AutoConfig
-
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path: {path}: no config.json there; give a Hugging Face checkpoint directory")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.path: {path}: neither a checkpoint directory nor a hub name that loads: {reason}"
-        ) from error
+    config = read_config(path)
     architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(

@@ -58,7 +58,7 @@ def paper_correctness(
 
     Numbers are right within `tolerance`. Departures from the authors' implementation: a currency sign, a percent sign
     and thousands separators are not held against a number; an answer that is no number is compared by math-verify;
-    an answer must be one answer (`rule: last_number` takes the last number in it, whatever stands around it); and an
+    an answer must be one answer (`rule: last_number` accepts the last number in it too, whatever stands around it); and an
     answer that only contains the reference's characters ("180" for "18") is wrong, unless `substring` is set.
     """
     if paper_format(completion) < 10.0:
@@ -77,7 +77,7 @@ def math_verify_correct(completion: str, answer: str, question: str = "", rule: 
     """1 if the answer is one answer and math-verify finds it equivalent to the reference, else 0.
 
     The last `<answer>` pair is judged; without one the last `\\boxed{}`, else the last number. `rule: last_number`
-    judges the last number, whatever stands around it.
+    accepts the last number in it as well, whatever stands around it.
     """
     given = stated_answer(completion)
     return float(given is not None and _RULES[rule](given, answer))
@@ -161,12 +161,12 @@ def _option_problem(name: str, value: Any) -> str | None:
 
 
 def _last_number(given: str, expected: str, tolerance: float = 5e-7) -> bool:
-    """The looser rule: the last number in the answer decides where the reference is a number."""
+    """The looser rule: right by the strict one, or by the last number in the answer where the reference is a number."""
+    if same_answer(given, expected, tolerance):
+        return True
     value, numbers = number(expected), _LAST_NUMBER.findall(given[-MAX_LENGTH:])
-    if value is None or not numbers:
-        return same_answer(given, expected, tolerance)
-    last = number(numbers[-1])
-    return last is not None and abs(last - value) <= Fraction(tolerance)
+    last = number(numbers[-1]) if numbers else None
+    return value is not None and last is not None and abs(last - value) <= Fraction(tolerance)
 
 
 _LAST_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")

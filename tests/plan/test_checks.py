@@ -569,7 +569,7 @@ def test_data_paths(build: Callable[..., RunConfig], tmp_path: Path) -> None:
 
 def test_model_path_that_is_no_checkpoint(build: Callable[..., RunConfig], tmp_path: Path) -> None:
     assert f"model.path: {tmp_path}: no config.json there" in problem(build(tmp_path))
-    assert "neither a checkpoint directory nor a hub name" in problem(build(tmp_path / "absent"))
+    assert f"model.path: {tmp_path / 'absent'}: no such folder" in problem(build(tmp_path / "absent"))
 
 
 def copy_of(source: Path, target: Path) -> Path:

@@ -12,6 +12,8 @@ from gtpo_megatron.config.loading import YAML_SUFFIXES, load_config
 from gtpo_megatron.machine.probe import Machine
 from gtpo_megatron.plan import checks
 from gtpo_megatron.plan.checks import read_shape
+from gtpo_megatron.plan.estimate import Plan, completion_lengths, make_plan
+from gtpo_megatron.plan.facts import efficiency, find_gpu
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes, smallest_world
 from gtpo_megatron.plan.lora import adapter_parameters
 from tests.test_docs import COMMANDS
@@ -122,6 +124,45 @@ def test_the_memory_in_a_header_is_the_planners(recipe: Path) -> None:
     ranks = int(re.search(r"^# Trainer: (\d+) ranks", text, re.MULTILINE)[1])
     said = float(re.search(r"^# Weights, gradients and Adam: ([\d.]+) GiB a rank", text, re.MULTILINE)[1])
     assert said == state_gib(load_config(recipe), ranks)
+
+
+def planned(files: Sequence[Path], gpus: int) -> tuple[RunConfig, Plan]:
+    config = load_config(files)
+    shape = read_shape(str(CONFIGS / Path(config.model.path).name))
+    lengths = completion_lengths(config, None)
+    return config, make_plan(config, shape, gpus, find_gpu("h100-sxm"), lengths, efficiency())
+
+
+@pytest.mark.parametrize("recipe", REAL, ids=lambda path: path.stem)
+def test_what_a_header_expects_is_the_planners(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    ranks = int(re.search(r"^# Trainer: (\d+) ranks", text, re.MULTILINE)[1])
+    memory, step = re.search(
+        r"^# The planner expects ([\d.]+) GiB .* ([\d.]+) s a step", text, re.MULTILINE
+    ).groups()
+    _, plan = planned([recipe], ranks)
+    assert float(memory) == pytest.approx(plan.worst.total / 2**30, rel=0.01)
+    assert float(step) == pytest.approx(plan.step.step, rel=0.05)
+
+
+def test_the_cost_of_the_papers_runs_on_the_page_is_the_planners() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    number = r"([\d.]+)"
+    rows = re.findall(
+        rf"^\| (\S+), [^|]+ \| ([^|]*) \| {number} \| {number} \| {number} \| {number} \| {number} \|$",
+        page,
+        re.MULTILINE,
+    )
+    assert len(rows) == 12
+    for name, overlays, *figures in rows:
+        gpus, memory, step, steps, hours = map(float, figures)
+        files = [f"{name}-bf16.yaml", "math.yaml", *re.findall(r"`(\S+)`", overlays)]
+        serving = 0 if "sft.yaml" in files else 1
+        config, plan = planned([ROOT / "recipes" / "paper" / file for file in files], int(gpus) - serving)
+        assert (plan.servers, config.training.steps) == (serving, steps)
+        assert memory == pytest.approx(plan.worst.total / 2**30, rel=0.01)
+        assert step == pytest.approx(plan.step.step, rel=0.05)
+        assert hours == pytest.approx(plan.step.step * steps * gpus / 3600, rel=0.05)
 
 
 def test_the_memory_of_adapters_on_the_page_is_the_planners() -> None:

@@ -1,4 +1,4 @@
-"""The paper's recipes, the very files, trained end to end on a toy model: an overlay swaps model, data, lengths and steps."""
+"""The paper's recipes, the very files, trained end to end on a toy model in one process. On nodes: tests/slurm/test_paper_recipes.py."""
 
 import json
 import math
@@ -7,42 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gtpo_megatron.config.loading import load_config
-from tests.tiny_models import make_tiny_checkpoint
-
-PAPER = Path(__file__).parents[2] / "recipes" / "paper"
-STEPS = 2
-ROWS = {
-    "gsm8k": lambda i: {"question": f"{i}+1?", "answer": f"add one\n#### {i + 1}"},
-    "math": lambda i: {"problem": f"{i}+1?", "solution": f"it is \\boxed{{{i + 1}}}"},
-}
+from tests.paper_recipes import STEPS, paper_files, write_toy_overlay
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The overlay."""
-    folder = tmp_path_factory.mktemp("toy")
-    make_tiny_checkpoint(folder / "model", "llama")
-    for name, row in ROWS.items():
-        (folder / name).mkdir()
-        for split in ("train", "test"):
-            lines = [json.dumps(row(i)) + "\n" for i in range(8)]
-            (folder / name / f"{split}.jsonl").write_text("".join(lines))
-    data = {"path": f"{folder}/${{data.format}}", "name": None, "max_prompt_tokens": 192}
-    overlay = {
-        "dir": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "tokenizer": None, "dtype": "fp32"},
-        "parallel": {"tensor": 1, "sequence": False},
-        "data": data,
-        "evaluation": {"data": data | {"limit": 2}},
-        "rollout": {"engine": "embedded", "max_new_tokens": 16},
-        "training": {"steps": STEPS, "sft_batch_size": 2, "micro_batch_tokens": 512},
-        "optimizer": {"warmup_steps": 1},
-    }
-    (folder / "toy.yaml").write_text(yaml.safe_dump(overlay))
-    return folder / "toy.yaml"
+    one_process = {"tensor": 1, "sequence": False}
+    return write_toy_overlay(
+        tmp_path_factory.mktemp("toy"), parallel=one_process, rollout={"engine": "embedded"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +33,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids="-".join,
 )
 def test_a_run_of_the_paper_trains_at_toy_size(toy: Path, names: list[str]) -> None:
-    files = [*(PAPER / f"{name}.yaml" for name in names), toy]
+    files = [*paper_files(*names), toy]
     overrides = ["model.lora.rank=8"] if "lora" in names else []  # 64 is above the toy's width
     config = load_config(files, overrides)
     command = [sys.executable, "-m", "gtpo_megatron", "train", *map(str, files), *overrides]

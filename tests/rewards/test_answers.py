@@ -100,6 +100,13 @@ def test_the_looser_rule_is_an_option() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "reference"), [("1e3", "1e3"), ("1/2", "0.5"), ("10-5", "5"), (".5", "0.5")]
+)
+def test_what_the_strict_rule_accepts_the_looser_one_does_too(given: str, reference: str) -> None:
+    assert rewards(given, reference) == rewards(given, reference, rule="last_number") == (10.0, 1.0)
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("-1,250.50", -1250.5),
