@@ -14,6 +14,7 @@ from gtpo_megatron.evaluation.compare import as_text, compare
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.evaluation.evaluation_jobs import (
     evaluate,
+    evaluate_by_servers_that_die,
     evaluate_interrupted,
     evaluate_noting,
     evaluate_twice,
@@ -169,6 +170,16 @@ def test_the_embedded_engine_goes_on_to_the_same_figures(ranks: RankPool, make: 
     assert TrajectoryStore(tmp_path / "cut" / "data" / "parts").steps() == [0]
     (found,) = ranks.run(1, evaluate, config, tmp_path / "cut")
     assert found == whole
+
+
+def test_servers_that_die_half_way(ranks: RankPool, make: Make, tmp_path: Path) -> None:
+    config = make()
+    (message,) = ranks.run(1, evaluate_by_servers_that_die, config, tmp_path / "out", 3)
+    assert message == "no server is left"
+    assert len(TrajectoryStore(tmp_path / "out" / "data" / "parts").read(0)) == 3 * 2
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    (found,) = ranks.run(1, evaluate, config, tmp_path / "out")
+    assert (found["suites"]["data"]["prompts"], found["suites"]["data"]["samples"]) == (10, 2)
 
 
 def test_a_megatron_checkpoint_is_the_policy_that_it_holds(
