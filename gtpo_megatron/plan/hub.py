@@ -28,7 +28,7 @@ def read_config(path: str) -> "PretrainedConfig":
 
 
 def _looks_local(path: str) -> bool:
-    """No name of the hub, or a name in a folder that is here."""
+    """What can be no name of the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -36,7 +36,7 @@ def _looks_local(path: str) -> bool:
         validate_repo_id(path)
     except HFValidationError:
         return True
-    return "/" in path and Path(path).parent.is_dir()
+    return path.startswith(("/", "./", "../", "~"))
 
 
 def _reason(path: str, error: Exception) -> str:
