@@ -56,13 +56,19 @@ class Outcome:
 
 PARTS = (
     Part("doctor", "the machine, the packages", 120, gpu_parts.doctor),
-    Part("tests", "tests/gpu: the loss head's kernels", 240, gpu_parts.gpu_tests),
+    Part(
+        "tests",
+        "tests/gpu: the loss head's kernels, memory lent and opened elsewhere",
+        240,
+        gpu_parts.gpu_tests,
+    ),
     Part("head", "loss head against cuBLAS, and TRL and Liger if they are installed", 180, gpu_parts.head),
     Part("steps", "bf16 and FP8 on the same weights and completions", 420, gpu_parts.steps),
     Part("weights", "export under Hugging Face's names", 120, gpu_parts.weights),
     Part("resume", "a killed run against one left alone, bit for bit", 300, gpu_parts.resume),
     Part("quickstart", "supervised warm-up and GTPO from end to end", 300, gpu_parts.quickstart),
-    Part("transfer", "weights to an SGLang server", 300, gpu_parts.transfer),
+    Part("transfer", "weights to an SGLang server on another GPU", 300, gpu_parts.transfer),
+    Part("together", "trainer and server in turn on one GPU", 300, gpu_parts.together),
 )
 
 

@@ -77,6 +77,7 @@ def take_steps(run: Run, batches: Batches) -> None:
             trajectories = batches.next()
             table, micro_batches = dealt(run, trajectories)
         sampled_for, first = run.version, run.initial_entropy is None
+        run.take_turn("training")
         with traced(run.config.training.profile, run.path, run.step + 1, world_rank()):
             passed, update = train_on(run, table, micro_batches)
         updates = run.version - sampled_for + (not update.applied)

@@ -218,10 +218,25 @@ def weights(setting: Setting) -> dict[str, Any]:
 
 
 def transfer(setting: Setting) -> dict[str, Any]:
-    """Two steps with completions from an SGLang server on this machine: certificate of the weights, seconds of the transfer."""
+    """Two steps with completions from an SGLang server on a GPU of its own: certificate, seconds of the transfer by NCCL."""
+    if (
+        not setting.rehearsal
+        and int(shell(sys.executable, "-c", "import torch; print(torch.cuda.device_count())")) < 2
+    ):
+        raise LeftOut("one GPU, and a server apart needs another (see together)")
+    return _with_a_server(setting, "transfer")
+
+
+def together(setting: Setting) -> dict[str, Any]:
+    """The same with the server on the trainer's GPU, in turn: weights by CUDA IPC, seconds of the memory's changing hands."""
+    settings = ("rollout.placement=together", "rollout.sglang.weight_transfer=tensor")
+    return _with_a_server(setting, "together", *settings, "rollout.sglang.memory_share=0.5")
+
+
+def _with_a_server(setting: Setting, name: str, *settings: str) -> dict[str, Any]:
     if not (ROOT / ".venv-sglang/bin/python").exists():
         raise LeftOut("no .venv-sglang here (make sglang)")
-    folder = setting.folder / "transfer"
+    folder = setting.folder / name
     shell(sys.executable, "tools/make_quickstart.py", folder / "inputs")
     shell(
         *PROGRAM,
@@ -234,9 +249,10 @@ def transfer(setting: Setting) -> dict[str, Any]:
         "rollout.engine=sglang",
         "training.steps=2",
         "optimizer.warmup_steps=1",
+        *settings,
     )
     rows = metrics(folder / "quickstart")
-    keys = ("seconds/weights", "seconds/rollout", "mismatch/mean_abs", "mismatch/max_abs")
+    keys = ("seconds/turns", "seconds/weights", "seconds/rollout", "mismatch/mean_abs", "mismatch/max_abs")
     return {key: [row[key] for row in rows if key in row] for key in keys}
 
 

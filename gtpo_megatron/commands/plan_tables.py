@@ -20,6 +20,7 @@ PARTS = {  # of memory, where a word says too little
     "head": "loss head's workspace",
     "buckets": "buckets of weights for the servers",
     "runtime": "CUDA, kernels, NCCL's buffers",
+    "server": "a server that sleeps",
 }
 
 
@@ -49,6 +50,8 @@ def _memory(made: "Plan") -> Table:
     for name, value in worst.parts.items():
         table.add_row(PARTS.get(name, name), f"{value / GIB:.2f}")
     table.add_row("total", f"{worst.total / GIB:.2f} ± {made.uncertainty['memory']:.0%}")
+    for turn, value in made.turns.items():
+        table.add_row(f"in the turn {turn}, server included", f"{value / GIB:.2f}")
     if made.host_memory:
         table.add_row("host memory of a node, for Adam", f"{made.host_memory / GIB:.0f}")
     return table
@@ -65,6 +68,8 @@ def _seconds(made: "Plan") -> Table:
         if value:
             table.add_row(f"  {name}", f"{value:.3g}")
     table.add_row("weight transfer", f"{step.transfer:.3g}")
+    if step.turns:
+        table.add_row("memory in turn with servers", f"{step.turns:.3g}")
     table.add_row("rewards, packing, logging", f"{step.overhead:.3g}")
     whole = "step without sampling"
     if sampled:

@@ -1,6 +1,6 @@
 """`rollout`: how completions are sampled."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +22,10 @@ class RolloutConfig(Section):
 
     engine: Literal["embedded", "sglang"] = Field(
         "embedded", description="transformers' generation in the trainer, or SGLang servers"
+    )
+    placement: Literal["apart", "together"] = Field(
+        "apart",
+        description="servers on GPUs of their own, or on those of the ranks of this machine, which then take turns with them",
     )
     prompts_per_step: int = Field(8, ge=1, le=1_000_000, description="groups in a step's batch")
     group_size: int = Field(8, ge=2, le=10_000, description="completions of each prompt (G)")
@@ -50,3 +54,18 @@ class RolloutConfig(Section):
         DynamicSampling(), description="replacement of groups without signal"
     )
     sglang: SGLangConfig = SGLangConfig()
+
+    @property
+    def servers(self) -> SGLangConfig:
+        """`sglang` as `placement` completes it: together, the first server stands on the first rank's GPU."""
+        if self.placement == "apart" or self.sglang.first_gpu is not None:
+            return self.sglang
+        return self.sglang.model_copy(update={"first_gpu": 0})
+
+    @property
+    def alone(self) -> Self:
+        """Of the same servers where no trainer is beside them: its GPUs are theirs, and weights come from host memory."""
+        if self.placement == "apart":
+            return self
+        sglang = self.servers.model_copy(update={"weight_transfer": "distributed"})
+        return self.model_copy(update={"placement": "apart", "sglang": sglang})

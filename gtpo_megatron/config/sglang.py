@@ -26,7 +26,14 @@ class SGLangConfig(Section):
         None,
         ge=0,
         le=10_000,
-        description="GPU of the first started server; default: the first that no rank here has",
+        description="GPU of the first started server; default: the first that no rank here has; with placement: together, 0",
+    )
+    memory_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the GPU memory that a started server finds free for weights and cache; default: SGLang's own, "
+        "some 0.88",
     )
     python: str | None = Field(
         None, description="interpreter of SGLang's environment; default: .venv-sglang/bin/python"

@@ -92,6 +92,8 @@ def evaluate_suites(
         UserError: a setting that cannot work, another request's directory, or an engine that fails half-way; what was
             sampled until then is kept.
     """
+    config = _without_trainer(config)
+    suites = [replace(suite, config=_without_trainer(suite.config)) for suite in suites]
     for suite in suites:  # before anything that costs
         check_ks(suite.config.evaluation.k, suite.config.evaluation.samples)
     platform.init_process_group()
@@ -113,6 +115,10 @@ def evaluate_suites(
     on_rank_zero(lambda: claim(directory, request))
     sample_all(config, tokenizer, jobs, directory, note, every_s)
     return directory, on_rank_zero(lambda: conclude(directory, request, policy, jobs))
+
+
+def _without_trainer(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"rollout": config.rollout.alone})
 
 
 def job_of(suite: Suite, tokenizer: PreTrainedTokenizerBase | None) -> Job:

@@ -22,6 +22,7 @@ from gtpo_megatron.plan.layout import (
 )
 from gtpo_megatron.plan.lora import lora_problems
 from gtpo_megatron.plan.offload import offload_problems
+from gtpo_megatron.plan.placement import placement_machine_problems, placement_problems
 from gtpo_megatron.plan.precision import fp8_settings_problems, precision_problems
 from gtpo_megatron.plan.rollout import engine_problems, server_problems
 from gtpo_megatron.rewards.terms import check_options, import_function, term_function
@@ -41,6 +42,7 @@ def check_run(
     """
     machine = machine or this_machine()
     problems = [*settings_problems(config), *server_problems(config, machine)]
+    problems += placement_machine_problems(config, world_size, machine)
     problems += _raised(lambda: resolve_source(config.data))
     problems += evaluation_problems(config)
     problems += [*reward_problems(config), *profile_problems(config.training, world_size)]
@@ -86,6 +88,7 @@ def settings_problems(config: RunConfig) -> Iterator[str]:
     rollout, server = config.rollout, config.rollout.sglang
     sampled = config.algorithm.name != "sft"
     yield from engine_problems(rollout)
+    yield from placement_problems(config)
     off_policy = config.algorithm.importance.level != "off" or config.algorithm.old_logprobs == "sampler"
     if server.partial and rollout.oversample > 1 and not off_policy:
         yield (

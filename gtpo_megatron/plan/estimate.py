@@ -14,6 +14,7 @@ from gtpo_megatron.plan.facts import GPU, Efficiency, Model, of_shape
 from gtpo_megatron.plan.flop import model_flop, scoring_passes
 from gtpo_megatron.plan.layout import HFShape, data_parallel_size, smallest_world
 from gtpo_megatron.plan.memory import RankMemory, smallest_server, training_memory
+from gtpo_megatron.plan.placement import placed_server, together_problems, turn_peaks, turn_seconds
 from gtpo_megatron.plan.sampling import MOST, Server, batch_seconds, spread_lengths
 from gtpo_megatron.plan.time import (
     UNCERTAINTY,
@@ -41,6 +42,7 @@ class StepPlan:
     step: float
     tokens: float  # prompts included
     flop_share: float  # model FLOP utilisation while training
+    turns: float = 0.0  # memory that changes hands between trainer and servers
 
     @property
     def limit(self) -> str:
@@ -51,6 +53,7 @@ class StepPlan:
             "scoring": self.scoring,
             "weight transfer": self.transfer,
             "overhead": self.overhead,
+            "memory in turn with servers": self.turns,
         }
         return max(parts, key=lambda name: parts[name])
 
@@ -73,6 +76,12 @@ class Plan:
     @property
     def worst(self) -> RankMemory:
         return max(self.memory, key=lambda stage: stage.total)
+
+    @property
+    def turns(self) -> dict[str, float]:
+        """Bytes on a GPU by turn, where servers share the trainer's; else none."""
+        together = self.server is not None and self.worst.server
+        return turn_peaks(self.memory, self.server) if together else {}
 
     @property
     def host_memory(self) -> float:
@@ -98,6 +107,7 @@ class Plan:
                 "worst_stage": worst.stage,
                 "total": worst.total,
                 **worst.parts,
+                **({"by_turn": self.turns} if self.turns else {}),
             },
             "host_memory": self.host_memory,
             "seconds": {
@@ -108,6 +118,7 @@ class Plan:
                 "transfer": step.transfer,
                 "overhead": step.overhead,
                 "checkpoint": step.checkpoint,
+                "turns": step.turns,
                 "training_by_cause": asdict(step.training),
             },
             "limit": step.training.limit,
@@ -211,7 +222,9 @@ def make_plan(
     tensor, servers = server_shape(config, shape, gpus, gpu, serving)
     if sampling is None:
         sampling = sampled_seconds(config, shape, gpus, gpu, lengths, reached, serving)
-    step = _step(config, shape, gpus, gpu, work, sampling, reached)
+    memory = training_memory(config, shape, gpus, int(work.micro_batches))
+    turns = turn_seconds(config, memory, gpu, reached)
+    step = _step(config, shape, gpus, gpu, work, sampling, reached, turns)
     uncertainty = {
         "memory": UNCERTAINTY["memory"],
         "training": UNCERTAINTY["mixture" if shape.experts else "dense"],
@@ -222,10 +235,10 @@ def make_plan(
         gpu,
         config.parallel,
         config.training.recompute,
-        training_memory(config, shape, gpus, int(work.micro_batches)),
+        memory,
         step,
         _most_sent(of_shape(shape, ""), layout_of(config, gpus), work),
-        Server(of_shape(shape, ""), gpu, tensor) if tensor else None,
+        placed_server(config, shape, gpus, gpu, tensor) if tensor else None,
         servers,
         uncertainty,
     )
@@ -279,7 +292,7 @@ def sampled_seconds(
     prompt = TYPICAL_PROMPT * config.data.max_prompt_tokens
     asked = round(rollout.prompts_per_step * rollout.group_size * rollout.oversample)
     kept = sorted(lengths)[: max(1, round(len(lengths) / rollout.oversample))]  # the longest are given up
-    server = Server(of_shape(shape, ""), gpu, tensor)
+    server = placed_server(config, shape, gpus, gpu, tensor)
     return batch_seconds(server, prompt, kept, -(-asked // servers), rollout.sglang.concurrency, reached)
 
 
@@ -322,6 +335,7 @@ def _step(
     work: Work,
     sampling: float | None,
     reached: Efficiency,
+    turns: float,
 ) -> StepPlan:
     model, algorithm = of_shape(shape, ""), config.algorithm
     layout = layout_of(config, gpus)
@@ -331,7 +345,7 @@ def _step(
     scoring = passes * step_time(model, gpu, layout, scored, reached).total if passes else 0.0
     sampled = sampling is not None
     transfer = transfer_seconds(model, gpu, reached) if sampled else 0.0
-    own = training.total * algorithm.updates_per_batch + scoring + transfer
+    own = training.total * algorithm.updates_per_batch + scoring + transfer + turns
     overlapped = sampled and config.rollout.staleness > 0
     step = max(own, sampling or 0.0) if overlapped else own + (sampling or 0.0)
     overhead = reached.step_overhead_s if sampled else 0.0
@@ -350,6 +364,7 @@ def _step(
         step + overhead,
         tokens,
         share,
+        turns,
     )
 
 
@@ -374,6 +389,8 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
 def check_layout(config: RunConfig, shape: HFShape, gpus: int) -> None:
     """Raise UserError with every rule of the layout that is broken, and the nearest number of GPUs that works."""
     problems = _problems(config, shape, gpus)
+    if not problems and (crowded := together_problems(config, gpus)):
+        raise UserError(f"--gpus {gpus}: {crowded[0]}")
     if problems:
         nearest = nearest_gpus(config, shape, gpus)
         hint = f"\n  nearest that works: --gpus {nearest}" if nearest else ""

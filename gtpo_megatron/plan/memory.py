@@ -22,6 +22,7 @@ from gtpo_megatron.plan.work import Layout, Recompute, Work
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # CUDA context, kernels and NCCL's buffers: usual on H100, differs with driver and groups
+ASLEEP = 1.5 * GIB  # a server without its memory: CUDA context, graphs, NCCL's buffers. Nobody's measurement
 HEAD_WORKSPACE = 1 << 30  # policy.head.tiles.WORKSPACE_BYTES["cuda"]; a test holds them equal
 
 
@@ -38,10 +39,17 @@ class RankMemory:
     buckets: float  # weights on their way to the servers
     runtime: float
     host: float = 0.0  # in host memory for this GPU's rank, no part of the total: Adam's state and gradients on their way to it
+    server: float = 0.0  # that shares the GPU, and has given up its memory
 
     @property
     def parts(self) -> dict[str, float]:
-        return {name: value for name, value in vars(self).items() if name not in ("stage", "host")}
+        left_out = {"stage", "host"} | (set() if self.server else {"server"})
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def while_sampling(self) -> float:
+        """What is left while a server has the GPU's memory: gradients and the optimizer's state are lent, nothing is computed."""
+        return self.weights + self.buckets + self.runtime + self.server
 
     @property
     def total(self) -> float:
@@ -122,6 +130,7 @@ def _stage_memory(
         weights, optimizer = (count.total + trained) * item, adam * trained / shards[0]
     sends = config.rollout.engine == "sglang"
     offload = config.optimizer.offload  # in bf16 alone: 12 bytes of Adam's, and 4 of a gradient
+    together = config.rollout.placement == "together"
     return RankMemory(
         stage,
         weights=weights,
@@ -131,7 +140,8 @@ def _stage_memory(
         head=(HEAD_WORKSPACE + hidden * (4 + item)) if last else 0,
         buckets=2 * sglang.bucket_mb * 2**20 if sends else 0,  # one that fills, one on its way
         runtime=RUNTIME,
-        host=optimizer * 16 / 12 if offload else 0.0,
+        host=optimizer * 16 / 12 if offload else optimizer if together else 0.0,
+        server=ASLEEP if together else 0.0,
     )
 
 

@@ -37,7 +37,7 @@ def _sglang_problems(rollout: RolloutConfig) -> Iterator[str]:
     given = [f"rollout.sglang.{key}" for key in ("urls", "urls_file", "urls_dir") if getattr(server, key)]
     if len(given) > 1:
         yield f"{' and '.join(given)}: give one of the two"
-    for key in ("servers", "tensor", "first_gpu"):
+    for key in ("servers", "tensor", "first_gpu", "memory_share"):
         value = getattr(server, key)
         if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
             yield f"rollout.sglang.{key}: {value}: servers are given by URL, so none is started; drop one of the two"
@@ -58,10 +58,10 @@ def server_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     server = config.rollout.sglang
     if config.rollout.engine != "sglang" or server.given or not machine.gpus:
         return
-    gpus = server.gpus(machine.local_ranks)
+    gpus = config.rollout.servers.gpus(machine.local_ranks)
     if gpus.stop > machine.gpus:
         yield (
             f"rollout.sglang: {server.servers} servers of tensor {server.tensor} would take the GPUs {gpus.start} to "
             f"{gpus.stop - 1}, but this process sees {machine.gpus}: start fewer ranks or servers here, give servers by "
-            "URL, or set rollout.sglang.first_gpu to share GPUs (with --mem-fraction-static in rollout.sglang.args)"
+            "URL, or let them take turns with the ranks on the same GPUs (rollout.placement: together)"
         )

@@ -58,8 +58,10 @@ def splits(
 ) -> list[Candidate]:
     """`gpus` GPUs shared between trainer and servers, the best layout of each share; the fastest step first.
 
-    Shares on which nothing fits are left out. Empty where no servers sample.
+    Shares on which nothing fits are left out. Empty where no servers sample, or they share the trainer's GPUs.
     """
+    if config.rollout.placement == "together":
+        return []
     unit = max(1, gpus // PARTS) if gpus < PARTS * gpu.node else gpus // gpu.node // PARTS * gpu.node
     found: list[Plan] = []
     for trainers in range(unit, gpus, unit):

@@ -1,7 +1,6 @@
 """Bytes that this rank holds of a policy and its optimizer, by part: read off the tensors that there are."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -22,22 +21,22 @@ def held_bytes(policies: Sequence[Policy], optimizer: Optimizer) -> dict[str, in
     return {
         "weights": sum(_size(p) for module in modules for p in module.parameters()),
         "gradients": sum(_size(buffer.grad_data) for buffer in buffers),
-        "optimizer": _optimizer_bytes(optimizer.megatron, policies),
+        "optimizer": sum(_size(tensor) for tensor in own_tensors(optimizer, policies)),
     }
 
 
-def _optimizer_bytes(megatron: Any, policies: Sequence[Policy]) -> int:
+def own_tensors(optimizer: Optimizer, policies: Sequence[Policy]) -> list[Tensor]:
     """Moments, and the copies of weights in float32; shards that are views of the weights themselves are not its own."""
     weights = {_place(p) for policy in policies for module in policy.modules for p in module.parameters()}
-    total = 0
-    for part in getattr(megatron, "chained_optimizers", [megatron]):
+    found: list[Tensor] = []
+    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
         inner = part.optimizer
         if inner is None:  # a rank without a share of these parameters
             continue
         own = (p for group in inner.param_groups for p in group["params"] if _place(p) not in weights)
         state = (value for values in inner.state.values() for value in values.values())
-        total += sum(_size(tensor) for tensor in [*own, *state] if isinstance(tensor, Tensor))
-    return total
+        found += [tensor for tensor in [*own, *state] if isinstance(tensor, Tensor)]
+    return found
 
 
 def _size(tensor: Tensor) -> int:

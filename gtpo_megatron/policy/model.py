@@ -263,12 +263,12 @@ def _data_parallel(
     return DistributedDataParallel(config, ddp, module, disable_bucketing=index > 0)
 
 
-def export_hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Stream (Hugging Face name, whole tensor on the CPU), adapters merged into the weights.
+def export_hf_weights(policy: Policy, *, cpu: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Stream (Hugging Face name, whole tensor on the CPU, or on the weights' device), adapters merged into the weights.
 
     Collective: every rank must drain it; all get all tensors.
     """
-    for name, tensor in policy.bridge.export_hf_weights(policy.modules, cpu=True, show_progress=False):
+    for name, tensor in policy.bridge.export_hf_weights(policy.modules, cpu=cpu, show_progress=False):
         yield name, without_padding(policy, name, tensor).detach()
 
 

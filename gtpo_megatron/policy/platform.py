@@ -6,6 +6,7 @@ paths without it miss (`policy/mends`), and without CUDA it leads what takes a G
 """
 
 import contextlib
+import gc
 import importlib.machinery
 import importlib.util
 import logging
@@ -57,6 +58,19 @@ def peak_memory_gib() -> float:
     if HAS_CUDA:
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def give_back_cached_memory() -> None:
+    """Let the device have what this process has freed, handles that others have let go of included."""
+    if HAS_CUDA:
+        gc.collect()
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+
+def host_memory_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised host memory for a copy of the tensor; page-locked where there is a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=HAS_CUDA)
 
 
 def random_state() -> torch.Tensor:

@@ -63,7 +63,13 @@ def _copy(
     }
     values["logging"] = {"tensorboard": False, "wandb": False, "progress": "off", "seen": "off"}
     values["checkpoint"] = {"export_hf": False}
-    values["rollout"] |= {"engine": "embedded", "staleness": 0, "oversample": 1.0, "sglang": {}}
+    values["rollout"] |= {
+        "engine": "embedded",
+        "placement": "apart",
+        "staleness": 0,
+        "oversample": 1.0,
+        "sglang": {},
+    }
     values["optimizer"] |= {"distributed": False, "offload": False}
     copy = RunConfig.model_validate(values)
     folder = scratch / NAME / "trajectories"

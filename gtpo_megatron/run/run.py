@@ -3,10 +3,11 @@
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
+import numpy as np
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from gtpo_megatron.plan.layout import sequence_alignment
 from gtpo_megatron.policy import platform
 from gtpo_megatron.policy.checkpoint.checkpointer import Checkpointer, TrainState
 from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero, together
+from gtpo_megatron.policy.lending import Lender
 from gtpo_megatron.policy.model import (
     DTYPES,
     Policy,
@@ -30,10 +32,11 @@ from gtpo_megatron.policy.model import (
 from gtpo_megatron.policy.optimizer import Optimizer, build_optimizer
 from gtpo_megatron.policy.step import token_logprobs
 from gtpo_megatron.rewards.pool import RewardPool
-from gtpo_megatron.rollout.collect import GroupPrompt, cut, group_seed, solutions
+from gtpo_megatron.rollout.collect import GroupPrompt, group_seed
 from gtpo_megatron.rollout.embedded import EmbeddedEngine
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine, SamplingParams
 from gtpo_megatron.run.alarm import AlarmWatch
+from gtpo_megatron.run.certificate import fixed_sequences
 from gtpo_megatron.run.costs import Flow, send
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.facts import RunFacts
@@ -43,12 +46,12 @@ from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
-from gtpo_megatron.run.weights import StageWeights, with_whole_export
+from gtpo_megatron.run.turns import Turn, Turns
+from gtpo_megatron.run.weights import Sender, make_sender, with_whole_export
+from gtpo_megatron.trajectories.record import Trajectory
 from gtpo_megatron.trajectories.store import TrajectoryStore
 
 log = logging.getLogger("gtpo_megatron")
-
-CERTIFICATE_PROMPTS = 4
 
 
 class Run:
@@ -187,7 +190,8 @@ class Run:
     def _open_sampling(self) -> None:
         config = self.config
         self.engine: RolloutEngine | None = None
-        self.stage_weights: StageWeights | None = None
+        self.sender: Sender | None = None  # None: the whole export goes by rank 0
+        self.turns: Turns | None = None  # None: engine and trainer have memory of their own
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.transferred: Flow | None = None  # bytes of weights, at the newest transfer; on rank 0
         self.engine_lock = threading.Lock()
@@ -211,13 +215,20 @@ class Run:
             )
             self.progress.note(f"waiting for SGLang servers: {which} (logs: {self.path / 'logs'})")
         with self.progress.stage("start of the engine"):
+            if not embedded and config.rollout.placement == "together":
+                self.turns = Turns(Lender(self.policy, self.optimizer, state=not config.optimizer.offload))
             together(lambda: start() if embedded or self.main else None)
-            if not embedded and config.rollout.sglang.weight_transfer == "distributed":
-                bucket = config.rollout.sglang.bucket_mb << 20
-                self.stage_weights = self._stack.enter_context(
-                    StageWeights(self.policy, config.model.path, bucket, self.engine)
-                )
+            if self.turns is not None:
+                self.turns.follow(self.engine)
+            if not embedded:
+                self.sender = make_sender(config, self.policy, self.engine, self._stack)
             self.publish_weights()
+
+    def take_turn(self, turn: Turn) -> None:
+        """Go over to a step's next turn, where trainer and servers share their memory. Collective."""
+        if self.turns is not None:
+            with self.stage("turns"):
+                self.turns.take(turn)
 
     def _make_engine(self, embedded: bool) -> RolloutEngine:
         config = self.config
@@ -231,23 +242,33 @@ class Run:
             )
         from gtpo_megatron.rollout.sglang.engine import SGLangEngine
 
-        return SGLangEngine(config.rollout.sglang, config.model.path, config.model.dtype, self.path / "logs")
+        rollout, logs = config.rollout, self.path / "logs"
+        together = rollout.placement == "together"
+        return SGLangEngine(rollout.servers, config.model.path, config.model.dtype, logs, together=together)
 
     def publish_weights(self) -> None:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        if self.stage_weights is not None:
-            self.transferred = self.stage_weights.publish(self.version, self._between_batches(self.engine))
+        self.take_turn("weights")
+        if self.sender is not None:
+            self.transferred = self.sender.publish(self.version, self._between_batches(self.engine))
         else:
             self._with_exported_weights(self._send)
         if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
             return
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
-        if at_start or (sglang.verify_every and self.version % sglang.verify_every == 0):
-            if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
-                self._compare_checksums()
-            self._certify()
+        if not (at_start or (sglang.verify_every and self.version % sglang.verify_every == 0)):
+            self.take_turn("sampling")
+            return
+        if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
+            self._compare_checksums()
+        sequences = fixed_sequences(self.config, self.prompts, self.tokenizer, self.step)
+        # scored while servers hold no more than their weights
+        budget = self.config.training.micro_batch_tokens
+        trainer = token_logprobs(self.policy, sequences, self.config.parallel, budget, temperature=1.0)
+        self.take_turn("sampling")
+        self._certify(sequences, trainer)
 
     def _send(self, weights: Iterator[NamedTensor]) -> None:
         self.transferred = None
@@ -260,22 +281,11 @@ class Run:
         """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
         return nullcontext() if engine is None or engine.updates_in_flight else self.engine_lock
 
-    def _certify(self) -> None:
-        """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.audit.certificate."""
+    def _certify(self, sequences: Sequence[Trajectory], trainer: Sequence[np.ndarray]) -> None:
+        """Compare the servers' logprobs of the sequences with the trainer's; see rollout.sglang.audit.certificate."""
         from gtpo_megatron.rollout.sglang.audit.certificate import certify, default_bound
 
         config = self.config
-        fixed = [
-            GroupPrompt(i, prompt, 0, i)
-            for i, prompt in enumerate(self.prompts.prompts[:CERTIFICATE_PROMPTS])
-        ]
-        # as long as what is sampled may be: that fits the model and a micro-batch, a data set's solution need not
-        sequences = [
-            cut(t, config.data.max_prompt_tokens + config.rollout.max_new_tokens - len(t.prompt_ids))
-            for t in solutions(fixed, self.tokenizer, self.step)
-        ]
-        budget = config.training.micro_batch_tokens
-        trainer = token_logprobs(self.policy, sequences, config.parallel, budget, temperature=1.0)
         bound = config.rollout.sglang.max_logprob_gap
         bound = bound or default_bound(config.model.dtype, config.model.fp8)
 

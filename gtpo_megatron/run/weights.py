@@ -1,18 +1,22 @@
-"""How the policy's weights get from the trainer's ranks to its engine: whole, or each pipeline stage sends its own."""
+"""How the policy's weights get from the trainer's ranks to its engine: whole, or each pipeline stage sends its own, or where they lie."""
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from gtpo_megatron import control, network
+from gtpo_megatron.config import RunConfig
 from gtpo_megatron.policy.collective import for_rank_zero, together
 from gtpo_megatron.policy.exchange.stage import StageExport, check_stages, is_sender
 from gtpo_megatron.policy.model import Policy, export_hf_weights, world_rank
 from gtpo_megatron.rollout.protocol import NamedTensor, RolloutEngine
-from gtpo_megatron.rollout.sglang.weights.buckets import lay_out
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, SharedBucket, fill, lay_out
 from gtpo_megatron.rollout.sglang.weights.outlets import COLLECTIVE_S
+from gtpo_megatron.rollout.sglang.weights.pickled import gpu_handle
 from gtpo_megatron.rollout.sglang.weights.stages import StageSender
 from gtpo_megatron.run.costs import Flow
 
@@ -109,3 +113,77 @@ class StageWeights:
     def __exit__(self, *_: object) -> None:
         if self._sender is not None:
             self._sender.close()
+
+
+class SharedWeights:
+    """Weights for servers on the ranks' own GPUs: every rank gathers them, and a server opens those on its GPUs.
+
+    Bucket by bucket, so that no GPU holds a second whole copy: beyond the weights there are the bucket that is gathered, the
+    one that servers read, and a tensor in the making. Without GPUs the buckets of rank 0 go to all servers as they are. All
+    of it is collective over the world.
+    """
+
+    def __init__(self, policy: Policy, bucket_bytes: int, engine: "SGLangEngine | None") -> None:
+        self._policy, self._engine = policy, engine
+        described = together(lambda: [(name, tensor.to("meta")) for name, tensor in self._export()])
+        self.layouts = lay_out(described, bucket_bytes)
+
+    def publish(self, version: int, between_batches: AbstractContextManager[None]) -> Flow:
+        """Give the servers this version; bytes of the weights, and seconds. Raises on every rank what failed on one."""
+        started = time.perf_counter()
+        with between_batches:
+            together(lambda: self._send(version))
+        return Flow(sum(layout.nbytes for layout in self.layouts), time.perf_counter() - started)
+
+    def _send(self, version: int) -> None:
+        buckets = self._buckets()
+        try:
+            if self._engine is not None:
+                self._engine.update_from_buckets(buckets, version)
+        finally:
+            for _ in buckets:
+                pass  # all ranks make them together
+
+    def _buckets(self) -> Iterator[SharedBucket]:
+        """All ranks' buckets, with the handles of all on rank 0. Collective at every step.
+
+        When a bucket is asked for, the last but one has been read: on all ranks it is given up then, and not before.
+        """
+        weights = self._export()
+        stream = fill(self.layouts, weights)
+        held: deque[Bucket] = deque()
+        try:
+            while True:
+                control.agree(False)  # nobody goes on before rank 0 does, who knows what has been read
+                if len(held) == 2:
+                    held.popleft()
+                bucket = together(lambda: next(stream, None))
+                if bucket is None:
+                    return
+                held.append(bucket)
+                handles = control.gather_to_zero(together(partial(gpu_handle, bucket))) or []
+                yield SharedBucket(
+                    bucket.names, bucket.dtypes, bucket.shapes, bucket.flat, dict(filter(None, handles))
+                )
+        finally:
+            for _ in weights:
+                pass
+
+    def _export(self) -> Iterator[NamedTensor]:
+        return export_hf_weights(self._policy, cpu=False)
+
+
+Sender = StageWeights | SharedWeights
+
+
+def make_sender(
+    config: RunConfig, policy: Policy, engine: "SGLangEngine | None", stack: ExitStack
+) -> Sender | None:
+    """Who sends weights to servers, closed with `stack`; None where the whole export goes by rank 0. Collective."""
+    rollout = config.rollout
+    method, bucket = rollout.sglang.weight_transfer, rollout.sglang.bucket_mb << 20
+    if method == "distributed":
+        return stack.enter_context(StageWeights(policy, config.model.path, bucket, engine))
+    if method == "tensor" and rollout.placement == "together":
+        return SharedWeights(policy, bucket, engine)
+    return None

@@ -55,8 +55,9 @@ def dry_run(
     rows.touch()
     here = [f"model.path={CONFIGS / (model if (CONFIGS / model).is_dir() else HERE)}", f"data.path={rows}"]
     here += ["model.tokenizer=null"] if config.model.tokenizer else []
-    ranks = re.search(r"^# Trainer: (\d+) ranks", files[0].read_text(encoding="utf-8"), re.MULTILINE)
-    world = int(ranks[1]) if ranks else smallest_world(config.parallel)
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    ranks = re.findall(r"^# Trainer: (\d+) ranks", text, re.MULTILINE)  # an overlay's come last
+    world = int(ranks[-1]) if ranks else smallest_world(config.parallel)
     with pytest.raises(SystemExit) as stopped:
         main(["train", *map(str, files), *overrides, *here, "--dry-run", "--world-size", str(world)])
     return (stopped.value.code or 0, *capsys.readouterr())

@@ -74,6 +74,8 @@ class FakeServer:
     paused: bool = False
     ranks: int = 1
     received: str = ""
+    memory: set[str] = field(default_factory=lambda: {"weights", "kv_cache"})
+    misused: list[str] = field(default_factory=list)  # what it was asked for, and has not
     restart_after: str | None = None  # a path, once
     asked: list[tuple[float, str]] = field(default_factory=list)
 
@@ -81,6 +83,14 @@ class FakeServer:
         """Another process on the same port."""
         self.health, self.version, self.held = "well", "default", ON_DISK
         self.open_session = self.paused = False
+        self.memory = {"weights", "kv_cache"}
+
+    def needs(self, *parts: str) -> None:
+        """What touches memory that was given up ends a server."""
+        if not self.memory.issuperset(parts):
+            self.health = "dead"
+            self.misused += parts
+            raise ServerFault("the server has ended: memory that it has not")
 
 
 class ScriptedClient:
@@ -121,6 +131,7 @@ class ScriptedClient:
             assert body is not None
             if not server.open_session:  # restarted since it was opened
                 raise Refused(f"{url}{path} refused the request (400): no session is open")
+            server.needs("weights")
             server.held = "of two versions"
             server.received += _unpickled(body["serialized_named_tensors"][0])
         elif path == "/end_weight_update":
@@ -133,6 +144,7 @@ class ScriptedClient:
             assert body is not None
             server.version = body["new_version"]
         elif path == "/weights_checker":
+            server.needs("weights")
             return {"ranks": [{"checksums": {"weight": server.held}}]}
         if path == server.restart_after:
             server.restart_after = None
@@ -142,7 +154,10 @@ class ScriptedClient:
     async def healthy(self, url: str, timeout_s: float) -> bool:
         server, _, path = url.rpartition("/")
         try:
-            return not (await self.reach(server, f"/{path}", timeout_s)).paused
+            reached = await self.reach(server, f"/{path}", timeout_s)
+            if not reached.paused:
+                reached.needs("weights", "kv_cache")
+            return not reached.paused
         except ServerFault:
             return False
 
@@ -153,12 +168,28 @@ class ScriptedClient:
     async def abort(self, url: str, rid: str | None, timeout_s: float = 10.0) -> None:
         await self.reach(url, "/abort_request", timeout_s)
 
+    async def release_memory(self, url: str, parts: list[str], timeout_s: float) -> None:
+        server = await self.reach(url, "/release_memory_occupation", timeout_s)
+        if not server.paused:
+            server.needs("idleness")
+        server.needs(*parts)
+        server.memory -= set(parts)
+        if "weights" in parts:
+            server.held = "noise"
+
+    async def resume_memory(self, url: str, parts: list[str], timeout_s: float) -> None:
+        server = await self.reach(url, "/resume_memory_occupation", timeout_s)
+        if server.memory & set(parts):
+            server.needs("room for more")
+        server.memory |= set(parts)
+
     async def generate(self, url: str, seconds: float = 0.1) -> str:
         """Whose weights a completion of so many seconds would be sampled with."""
         server = await self.reach(url, "/generate", 30.0)
         await asyncio.sleep(seconds)
         while server.paused and server.health != "dead":
             await asyncio.sleep(0.05)
+        server.needs("weights", "kv_cache")
         if server.health == "dead":
             raise ServerFault(f"{url}/generate: connection reset")
         return server.version

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from gtpo_megatron.config import SGLangConfig
+from gtpo_megatron.config import RolloutConfig, SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang import SGLangEngine
 from gtpo_megatron.rollout.sglang.servers import launch
@@ -151,3 +151,35 @@ def test_every_server_gets_gpus_of_its_own(tmp_path: Path, monkeypatch: pytest.M
         for index in range(config.servers):
             made.server(index)
     assert [command[command.index("--base-gpu-id") + 1] for command in started] == ["2", "4", "6", "0", "1"]
+    assert all("--enable-memory-saver" not in command for command in started)
+
+
+def test_servers_that_share_gpus_can_give_up_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(
+        launch, "_start", lambda command, environment, _: started.append((command, environment))
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    section = SGLangConfig(servers=2, tensor=2, memory_share=0.7, python=sys.executable)
+    config = RolloutConfig(engine="sglang", placement="together", sglang=section).servers
+    made = make_launch(config, "m", "bf16", "cuda", tmp_path, together=True)
+    for index in range(config.servers):
+        made.server(index)
+    for index, (command, environment) in enumerate(started):
+        assert command[command.index("--base-gpu-id") + 1] == str(2 * index)  # where ranks are
+        assert command[command.index("--mem-fraction-static") + 1] == "0.7"
+        assert "--enable-memory-saver" in command
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    assert len(started) == 2
+
+
+def test_an_evaluation_has_the_gpus_of_a_trainer_that_is_not_there() -> None:
+    section = SGLangConfig(servers=8, weight_transfer="tensor")
+    alone = RolloutConfig(engine="sglang", placement="together", sglang=section).alone
+    assert (alone.placement, alone.sglang.weight_transfer) == ("apart", "distributed")
+    assert alone.sglang.gpus(local_ranks=1) == range(8)
+    apart = RolloutConfig(engine="sglang", sglang=section)
+    assert apart.alone is apart

@@ -90,3 +90,18 @@ def train_beside_rollout(config: RunConfig) -> int:
 
     with patch.object(batches, "sample_share", told), patch.object(loop, "train_on", patient):
         return loop.train(config)
+
+
+def train_with_a_server_that_dies_asleep(config: RunConfig, step: int) -> int | str:
+    """As `train`; its server is killed while this step is trained on, when its memory is the trainer's."""
+    train_on = loop.train_on
+
+    def kill_first(run: Run, *batch: Any) -> Any:
+        if run.step == step:
+            worker = run.engine._pool.fleet.workers[0]
+            assert not worker.holds
+            worker.process.end()
+        return train_on(run, *batch)
+
+    with patch.object(loop, "train_on", kill_first):
+        return train(config)

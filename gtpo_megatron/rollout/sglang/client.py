@@ -158,6 +158,17 @@ class Client:
         """Abort one request, or with None all. Its /generate answers at once, with the tokens so far."""
         await self.call(url, "/abort_request", {"rid": rid} if rid else {"abort_all": True}, timeout_s)
 
+    async def release_memory(self, url: str, parts: Sequence[str], timeout_s: float) -> None:
+        """Let an idle server give up parts of its memory ("weights", "kv_cache") that it holds. Their content is lost.
+
+        A server that is not idle, or does not hold them, ends.
+        """
+        await self.call(url, "/release_memory_occupation", {"tags": list(parts)}, timeout_s)
+
+    async def resume_memory(self, url: str, parts: Sequence[str], timeout_s: float) -> None:
+        """Let a server take parts of its memory again that it has given up; one that has them ends."""
+        await self.call(url, "/resume_memory_occupation", {"tags": list(parts)}, timeout_s)
+
 
 def _cause(error: aiohttp.ClientError) -> str:
     """What the system says where there was no connection ("connection refused"); aiohttp's text has not always that."""

@@ -5,7 +5,7 @@ import atexit
 import logging
 import threading
 import uuid
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -51,6 +51,7 @@ class SGLangEngine:
         dtype: of the servers' weights.
         log_dir: for the servers' logs; and, with weight_transfer: disk, for the weights.
         device: of servers started here; by default cuda where torch sees a GPU.
+        together: the servers share their GPUs with the trainer, and give up their memory when they are told to.
         timing: patience with servers.
 
     Raises:
@@ -67,6 +68,8 @@ class SGLangEngine:
         log_dir: Path,
         device: Device | None = None,
         timing: Timing = DEFAULT_TIMING,
+        *,
+        together: bool = False,
     ) -> None:
         self.version = -1
         self.updates_in_flight = config.partial
@@ -83,7 +86,7 @@ class SGLangEngine:
         launch = None
         if not config.given or config.router:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            launch = make_launch(config, model_path, dtype, device, self._directory)
+            launch = make_launch(config, model_path, dtype, device, self._directory, together=together)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
@@ -137,11 +140,19 @@ class SGLangEngine:
         Raises:
             UserError: a server did not start, or none is left.
         """
+        self._update(lambda memory: self._buckets(weights, memory), version)
+
+    def update_from_buckets(self, buckets: Iterable[Bucket], version: int) -> None:
+        """As `update_weights`, of weights that are packed already. One bucket is asked for while the one before it is sent."""
+        self._update(lambda _: buckets, version)
+
+    def _update(self, buckets: Callable[[Sequence[torch.Tensor]], Iterable[Bucket]], version: int) -> None:
+        """`buckets` makes them, given memory that they may use."""
         self._updates += 1
         relays: list[Future[None]] = []
         try:
             self.wait_started()
-            self._replace_weights(weights, version, relays)
+            self._replace_weights(buckets, version, relays)
         except BaseException:
             self._run(give_up(self._stages, self._updates, relays))
             raise
@@ -149,7 +160,10 @@ class SGLangEngine:
         self.version = version
 
     def _replace_weights(
-        self, weights: Iterable[NamedTensor], version: int, relays: list[Future[None]]
+        self,
+        buckets: Callable[[Sequence[torch.Tensor]], Iterable[Bucket]],
+        version: int,
+        relays: list[Future[None]],
     ) -> None:
         updates = self._pool.updates
         tag = f"{self._run_name}:{version}"
@@ -164,7 +178,7 @@ class SGLangEngine:
         relays += [self._submit(relay(stage, transfer.send, self._updates)) for stage in self._stages]
         try:
             sent: Future[None] | None = None
-            for bucket in self._buckets(weights, memory):
+            for bucket in buckets(memory):
                 snapshot.add(bucket)
                 if sent is not None:
                     sent.result()
@@ -275,6 +289,20 @@ class SGLangEngine:
         if job.task is not None:
             job.task.cancel()
         job.out.put(None)
+
+    # ------------------------------------------------------------------ memory
+
+    def release_memory(self) -> None:
+        """The servers give up their memory, and so their weights; sampling stops. See `servers.occupation`."""
+        self._run(self._pool.occupation.release_memory())
+
+    def resume_weights(self) -> None:
+        """They take room for weights: what comes next is `update_weights`."""
+        self._run(self._pool.occupation.resume_weights())
+
+    def resume_cache(self) -> None:
+        """They take the rest, and are sampled from."""
+        self._run(self._pool.occupation.resume_cache())
 
     # ------------------------------------------------------------------ life
 

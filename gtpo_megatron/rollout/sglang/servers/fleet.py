@@ -12,7 +12,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import ServerFault
 from gtpo_megatron.rollout.sglang.servers.router import Router
-from gtpo_megatron.rollout.sglang.servers.states import State, Worker
+from gtpo_megatron.rollout.sglang.servers.states import WHOLE, Part, State, Worker
 
 T = TypeVar("T")
 AFFINITY = 8  # completions of a group stay together, for the prefix cache, up to this much imbalance
@@ -24,7 +24,8 @@ class Fleet:
     def __init__(self, config: SGLangConfig, router: Router | None = None) -> None:
         self.workers: list[Worker] = []
         self.tag: str | None = None  # weights that may be sampled from
-        self.gate_open = False  # closed while weights are replaced
+        self.gate_open = False  # closed while weights are replaced, or the servers' memory is not all theirs
+        self.allowed: frozenset[Part] = WHOLE  # what of their memory servers may hold now
         self.router = router
         self.failure: BaseException | None = None
         self._config = config

@@ -83,6 +83,7 @@ class Launch:
     device: Device
     log_dir: Path
     api_key: str | None
+    together: bool = False  # on the trainer's GPUs, with memory that can be given up
 
     def server(self, index: int, port: int | None = None) -> tuple[Process, str]:
         """Start server `index`, by default on a free port. Returns the process and its URL; it is not ready yet."""
@@ -119,8 +120,11 @@ class Launch:
 
     def _server_args(self, index: int, port: int) -> list[str]:
         config = self.config
-        gpus = config.gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        own = CPU_ARGS if self.device == "cpu" else ("--base-gpu-id", str(gpus[index * config.tensor]))
+        own = CPU_ARGS  # where there is no memory to give up, a server answers all the same
+        if self.device == "cuda":
+            own = ("--base-gpu-id", str(first_gpu(config, index)))
+            own += ("--enable-memory-saver",) if self.together else ()
+            own += ("--mem-fraction-static", str(config.memory_share)) if config.memory_share else ()
         return [
             *("--model-path", self.model_path, "--host", config.host, "--port", str(port)),
             *("--dtype", DTYPES[self.dtype], "--tp-size", str(config.tensor)),
@@ -156,13 +160,22 @@ class Launch:
                 environment.setdefault(
                     "SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(self.config.tensor)))
                 )
+        if self.together:  # the trainer's, maybe of growing segments, which the memory saver does not go with
+            environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+            environment.pop("PYTORCH_ALLOC_CONF", None)
         if self.api_key is not None:
             environment[KEY_VARIABLE] = self.api_key
         return environment
 
 
 def make_launch(
-    config: SGLangConfig, model_path: str, dtype: Literal["bf16", "fp32"], device: Device, log_dir: Path
+    config: SGLangConfig,
+    model_path: str,
+    dtype: Literal["bf16", "fp32"],
+    device: Device,
+    log_dir: Path,
+    *,
+    together: bool = False,
 ) -> Launch:
     """Check what can be checked before a server is started.
 
@@ -182,7 +195,12 @@ def make_launch(
             "tools/setup_sglang_env.sh, or name its interpreter"
         )
     log_dir.mkdir(parents=True, exist_ok=True)
-    return Launch(config, str(python), model_path, dtype, device, log_dir, key)
+    return Launch(config, str(python), model_path, dtype, device, log_dir, key, together)
+
+
+def first_gpu(config: SGLangConfig, index: int) -> int:
+    """The GPU of the first rank of the server that is started here as number `index`."""
+    return config.gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[index * config.tensor]
 
 
 def resolve_key(key: str | None) -> str | None:

@@ -11,7 +11,8 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
-from gtpo_megatron.rollout.sglang.servers.launch import Launch, end_all
+from gtpo_megatron.rollout.sglang.servers.launch import Launch, end_all, first_gpu
+from gtpo_megatron.rollout.sglang.servers.occupation import Occupation
 from gtpo_megatron.rollout.sglang.servers.router import Router
 from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
 from gtpo_megatron.rollout.sglang.servers.supervision import Supervision
@@ -39,6 +40,7 @@ class Pool:
         self.router = Router(launch, client) if config.router and launch is not None else None
         self.fleet = Fleet(config, self.router)
         self.updates = Updates(self.fleet, client, link, config, timing)
+        self.occupation = Occupation(self.fleet, self.updates, client, timing)
         self._supervision = Supervision(self.fleet, self.updates, client, launch, config, timing)
         self._tasks: dict[object, asyncio.Task[None]] = {}
 
@@ -97,7 +99,8 @@ class Pool:
         await self.client.close()
 
     def _add(self, url: str, owned: bool) -> None:
-        worker = Worker(len(self.fleet.workers), url, owned)
+        index = len(self.fleet.workers)
+        worker = Worker(index, url, owned, first_gpu=first_gpu(self.config, index) if owned else None)
         self.fleet.workers.append(worker)
         self._spawn(worker, self._supervision.supervise(worker))
 

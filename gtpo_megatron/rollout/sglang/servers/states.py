@@ -17,6 +17,8 @@ from gtpo_megatron.rollout.sglang.weights.outlets import COLLECTIVE_S
 
 log = logging.getLogger(__name__)
 State = Literal["down", "stale", "suspect", "ready"]
+Part = Literal["weights", "kv_cache"]  # of a server's memory, by SGLang's names
+WHOLE: frozenset[Part] = frozenset({"weights", "kv_cache"})
 # state -> what may follow it. A lost server is never merely suspected, and nothing but an examination clears a suspect.
 MOVES: dict[State, frozenset[State]] = {
     "down": frozenset(
@@ -53,11 +55,14 @@ class Worker:
     owned: bool
     process: Process | None = None
     ranks: int = 1
+    first_gpu: int | None = None  # of one started here
     state: State = "down"
     tag: str | None = None  # weights that it has confirmed
     ever_up: bool = False
     inflight: int = 0
     faults: int = 0  # in a row
+    holds: frozenset[Part] = WHOLE  # of its memory; less only where trainer and servers take turns
+    checking: bool = False  # its health is asked for, by a request that it samples
     reason: str = "is starting"
     trouble: str = ""  # why it was last taken out
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -66,7 +71,7 @@ class Worker:
     @property
     def target(self) -> Target:
         """What a weight transfer needs to know."""
-        return Target(self.url, self.ranks)
+        return Target(self.url, self.ranks, self.first_gpu)
 
     @property
     def died(self) -> str | None:

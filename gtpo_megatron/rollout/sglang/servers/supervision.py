@@ -7,7 +7,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.launch import Launch
-from gtpo_megatron.rollout.sglang.servers.states import State, Timing, Worker
+from gtpo_megatron.rollout.sglang.servers.states import WHOLE, State, Timing, Worker
 from gtpo_megatron.rollout.sglang.servers.updates import Updates
 
 
@@ -45,17 +45,22 @@ class Supervision:
                     self._fleet.lose(worker, str(fault))
 
     async def _revive(self, worker: Worker) -> None:
-        """Restart an owned server, or wait until a given one answers; ends in ready, stale or (again) down."""
+        """Restart an owned server, or wait until a given one answers; ends in ready, stale or (again) down.
+
+        Where trainer and servers take turns, one is started only when the memory is the servers'.
+        """
+        if worker.process is not None:
+            await asyncio.to_thread(worker.process.end)
         if worker.faults:
             await asyncio.sleep(
                 min(self._timing.backoff_s * 2 ** (worker.faults - 1), self._timing.backoff_max_s)
             )
         if worker.owned:
-            if worker.process is not None:
-                await asyncio.to_thread(worker.process.end)
             assert self._launch is not None
+            while not self._fleet.allowed:
+                await asyncio.sleep(0.2)
             worker.process, worker.url = self._launch.server(worker.index)
-            worker.tag = None
+            worker.tag, worker.holds = None, WHOLE
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._config.start_timeout_s
         while ailment := await self._ailment(worker):
@@ -95,7 +100,12 @@ class Supervision:
             self._fleet.move(worker, "stale", f"holds the weights {info.weight_version}")
 
     async def _examine(self, worker: Worker) -> None:
-        """A request failed: is the server well? Repeated faults of a server that says so count as well."""
+        """A request failed: is the server well? Repeated faults of a server that says so count as well.
+
+        One that has not all of its memory cannot be asked, for it would answer out of it.
+        """
+        if worker.holds != WHOLE:
+            return self._fleet.lose(worker, worker.reason)
         patience = self._timing.health_failures
         if worker.faults >= patience:
             worker.faults = 1
@@ -134,7 +144,12 @@ class Supervision:
                 waited += pause
         if worker.wake.is_set() or worker.state != state or not fleet.gate_open:
             return  # a paused server does not answer health checks
-        if not await self._client.healthy(f"{worker.url}/health", timing.health_timeout_s):
+        worker.checking = True
+        try:
+            well = await self._client.healthy(f"{worker.url}/health", timing.health_timeout_s)
+        finally:
+            worker.checking = False
+        if not well:
             if fleet.gate_open and worker.state == state:
                 fleet.move(worker, "suspect", "health check failed")
         elif state == "ready":

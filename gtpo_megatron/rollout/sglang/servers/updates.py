@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
-from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
+from gtpo_megatron.rollout.sglang.servers.states import WHOLE, Timing, Worker
 from gtpo_megatron.rollout.sglang.weights.broadcast import Target
 from gtpo_megatron.rollout.sglang.weights.buckets import Snapshot
 from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer
@@ -69,7 +69,7 @@ class Updates:
             elif worker.state == "ready":
                 worker.tag = None  # it has some of the tensors of an update that was given up
                 fleet.move(worker, "stale", "missed the update")
-        fleet.gate_open = True
+        fleet.gate_open = fleet.allowed == WHOLE
         self.lock.release()
         for worker in fleet.workers:
             worker.wake.set()
@@ -105,7 +105,7 @@ class Updates:
     @property
     def can_restore(self) -> bool:
         """Whether there are weights to give, and no update under way."""
-        return self.snapshot is not None and not self.lock.locked()
+        return self.snapshot is not None and self._fleet.tag is not None and not self.lock.locked()
 
     async def restore(self, worker: Worker) -> None:
         """Bring one worker to the current weights from the snapshot, and check it against another."""

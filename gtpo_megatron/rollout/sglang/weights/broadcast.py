@@ -15,10 +15,11 @@ from gtpo_megatron.network import gloo_towards, is_loopback, own_address
 
 @dataclass(frozen=True)
 class Target:
-    """A server to be updated: its URL and its number of ranks."""
+    """A server to be updated: its URL, its number of ranks, and where they are."""
 
     url: str
     ranks: int
+    first_gpu: int | None = None  # of as many as it has ranks, where that is known
 
 
 class Broadcast:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,6 +51,18 @@ class Bucket(Layout):
             return self
         fits = into is not None and into.numel() == self.flat.numel()
         return replace(self, flat=into.copy_(self.flat) if fits else self.flat.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBucket(Bucket):
+    """A bucket that lies on several GPUs, on each the same: what a server on them is to open, by the GPU's number."""
+
+    handles: Mapping[int, str] = field(default_factory=dict)
+
+    def cpu(self, into: torch.Tensor | None = None) -> Bucket:
+        """A copy in host memory, which no handle leads to."""
+        copied = super().cpu(into)
+        return Bucket(copied.names, copied.dtypes, copied.shapes, copied.flat)
 
 
 def pack(

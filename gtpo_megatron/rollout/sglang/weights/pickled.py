@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket
+
 
 class _StoragePickler(pickle._Pickler):
     """Writes torch's own name for what loads a storage's bytes.
@@ -26,6 +28,13 @@ class _StoragePickler(pickle._Pickler):
         self.memoize(function)
 
     dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
+
+
+def gpu_handle(bucket: Bucket) -> tuple[int, str] | None:
+    """The number of the GPU that a bucket lies on, and a handle of its tensors; None in host memory."""
+    if not bucket.flat.is_cuda:
+        return None
+    return bucket.flat.device.index, pickle_tensors(list(bucket.tensors()))
 
 
 def pickle_tensors(named: list[tuple[str, torch.Tensor]]) -> str:

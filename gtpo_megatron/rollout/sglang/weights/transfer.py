@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.weights.broadcast import Target
-from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Snapshot
+from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, SharedBucket, Snapshot
 from gtpo_megatron.rollout.sglang.weights.outlets import LocalOutlet, Opening, Outlet
 from gtpo_megatron.rollout.sglang.weights.pickled import pickle_tensors
 from gtpo_megatron.rollout.sglang.weights.stages import RemoteBucket
@@ -124,13 +124,12 @@ class Transfer:
         if not self.targets:
             return
         if self.link.method == "tensor":
-            # Every rank of a server unpickles an entry of its own.
-            payload = pickle_tensors(list(bucket.tensors()))
+            payloads = _payloads(bucket, self.targets)
             await self._each(
                 lambda t: self._call(
                     t,
                     "/update_weights_from_tensor",
-                    {"serialized_named_tensors": [payload] * t.ranks, "flush_cache": False},
+                    {"serialized_named_tensors": payloads[t], "flush_cache": False},
                 )
             )
         else:
@@ -223,6 +222,16 @@ class Transfer:
             else:
                 kept.append(target)
         self.targets = kept
+
+
+def _payloads(bucket: Bucket, targets: Sequence[Target]) -> dict[Target, list[str]]:
+    """What each server's ranks unpickle, an entry each: a handle of what lies on their own GPU, or the same for all."""
+    shared = bucket.handles if isinstance(bucket, SharedBucket) else {}
+    if not shared:
+        same = pickle_tensors(list(bucket.tensors()))
+        return {target: [same] * target.ranks for target in targets}
+    places = {target: range(target.first_gpu, target.first_gpu + target.ranks) for target in targets}
+    return {target: [shared[gpu] for gpu in gpus] for target, gpus in places.items()}
 
 
 async def complete(transfer: Transfer, snapshot: Snapshot) -> tuple[list[Target], dict[str, str]]:
