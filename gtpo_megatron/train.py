@@ -33,6 +33,7 @@ from gtpo_megatron.policy.step import (
 from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.costs import Costs, Passes, memory_metrics, speed_metrics
 from gtpo_megatron.run.profiling import traced
+from gtpo_megatron.run.queue import Job
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.analysis import summarise
@@ -268,19 +269,20 @@ def evaluate(run: Run) -> None:
 
     Raises Interrupted, on every rank, if the run is asked to stop before it is done: figures of a part are no figures.
     """
-    for suite, prompts in run.not_evaluated():
-        raise_if_asked_to_stop(run)
-        with run.stage("evaluation"):
-            sampled = evaluate_prompts(
-                suite.config, run.engine, run.engine_lock, run.tokenizer, prompts.prompts, run.step
-            )
-        raise_if_asked_to_stop(run)
-        if run.main:
-            result = figures(sampled, suite.name)
-            run.metrics.log(run.step, result)
-            shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in result.items())
-            which = "" if suite.name == DATA else f" on {suite.name}"
-            run.progress.note(f"evaluation{which} after step {run.step}: {shown}")
+    suites = run.not_evaluated()
+    if not suites:
+        return
+    with run.stage("evaluation"), run.queue.turn(run.queue.enter(Job.EVALUATION)):
+        for suite, prompts in suites:
+            raise_if_asked_to_stop(run)
+            sampled = evaluate_prompts(suite.config, run.engine, run.tokenizer, prompts.prompts, run.step)
+            raise_if_asked_to_stop(run)
+            if run.main:
+                result = figures(sampled, suite.name)
+                run.metrics.log(run.step, result)
+                shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in result.items())
+                which = "" if suite.name == DATA else f" on {suite.name}"
+                run.progress.note(f"evaluation{which} after step {run.step}: {shown}")
 
 
 def raise_if_asked_to_stop(run: Run) -> None:

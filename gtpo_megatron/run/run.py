@@ -2,9 +2,8 @@
 
 import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -41,6 +40,7 @@ from gtpo_megatron.run.identity import check_directory, keep_config, remove_left
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
+from gtpo_megatron.run.queue import EngineQueue, Job
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
 from gtpo_megatron.run.weights import StageWeights, with_whole_export
@@ -190,7 +190,7 @@ class Run:
         self.stage_weights: StageWeights | None = None
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.transferred: Flow | None = None  # bytes of weights, at the newest transfer; on rank 0
-        self.engine_lock = threading.Lock()
+        self.queue = EngineQueue()  # before this rank's engine
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or bool(self.evaluated_on)
         if not self.samples:
@@ -200,7 +200,9 @@ class Run:
         def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
-            self.progress.waits_for = self.engine.waits_for
+            self.progress.waits_for = lambda: "; ".join(
+                filter(None, (self.queue.waits_for(), self.engine.waits_for()))
+            )
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
 
@@ -237,28 +239,40 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        if self.stage_weights is not None:
-            self.transferred = self.stage_weights.publish(self.version, self._between_batches(self.engine))
-        else:
-            self._with_exported_weights(self._send)
-        if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
-            return
-        sglang, at_start = self.config.rollout.sglang, self.mismatch is None
-        if at_start or (sglang.verify_every and self.version % sglang.verify_every == 0):
-            if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
-                self._compare_checksums()
-            self._certify()
+        with self._turn_for_weights():
+            if self.stage_weights is not None:
+                self.transferred = self.stage_weights.publish(self.version)
+            else:
+                with_whole_export(self.policy, self.engine, self._send)
+            if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
+                return
+            sglang, at_start = self.config.rollout.sglang, self.mismatch is None
+            if at_start or (sglang.verify_every and self.version % sglang.verify_every == 0):
+                if sglang.checksums == "certificate" or (sglang.checksums == "start" and at_start):
+                    self._compare_checksums()
+                self._certify()
+
+    @contextmanager
+    def _turn_for_weights(self) -> Iterator[None]:
+        """The turn of all ranks' engines for new weights: between two batches, or where they can go on with others within one.
+
+        Collective. Ranks wait for it, and for servers that are starting, on the control group: none has begun an export,
+        whose groups have a shorter time limit.
+        """
+        with ExitStack() as stack:
+
+            def ready() -> None:
+                if self.engine is not None:
+                    place = self.queue.enter(Job.UPDATE, self.step, beside=self.engine.updates_in_flight)
+                    stack.enter_context(self.queue.turn(place))
+                    self.engine.wait_started()
+
+            together(ready)
+            yield
 
     def _send(self, weights: Iterator[NamedTensor]) -> None:
         self.transferred = None
         self.transferred = send(self.engine, weights, self.version)
-
-    def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
-        with_whole_export(self.policy, self.engine, self._between_batches(self.engine), action)
-
-    def _between_batches(self, engine: RolloutEngine | None) -> AbstractContextManager[Any]:
-        """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
-        return nullcontext() if engine is None or engine.updates_in_flight else self.engine_lock
 
     def _certify(self) -> None:
         """Compare the servers' logprobs of fixed sequences with the trainer's; see rollout.sglang.audit.certificate."""
@@ -282,8 +296,7 @@ class Run:
         def compare() -> dict[str, float]:
             if self.engine is None:
                 return {}
-            with self._between_batches(self.engine):
-                scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
+            scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
             worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
             return worst.metrics()
 
@@ -295,7 +308,7 @@ class Run:
             raise disagreement
 
     def _compare_checksums(self) -> None:
-        self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
+        with_whole_export(self.policy, self.engine, lambda weights: self.engine.verify_weights(weights))
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Self
 
 from gtpo_megatron import control, network
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # its imports are for rank 0
 def with_whole_export(
     policy: Policy,
     engine: RolloutEngine | None,
-    between_batches: AbstractContextManager[None],
     action: Callable[[Iterator[NamedTensor]], None],
 ) -> None:
     """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
@@ -32,8 +30,7 @@ def with_whole_export(
     def act() -> None:
         try:
             if engine is not None:
-                with between_batches:
-                    action(weights)
+                action(weights)
         finally:
             for _ in weights:
                 pass  # every rank takes part in the whole export
@@ -76,21 +73,14 @@ class StageWeights:
             limits = COLLECTIVE_S, control.STEP_LIMIT.total_seconds()
             self._sender = StageSender(world_rank(), network.own_address(master), self.layouts, *limits)
 
-    def publish(self, version: int, between_batches: AbstractContextManager[None]) -> Flow:
-        """Give the servers this version. The export begins on all ranks when the servers can take it.
+    def publish(self, version: int) -> Flow:
+        """Give the servers this version. They are to be ready for it, and no batch in the way, on all ranks.
 
-        Returns the bytes of all stages and the seconds from then on; on rank 0. Raises on every rank what failed on one.
+        Returns the bytes of all stages and the seconds; on rank 0. Raises on every rank what failed on one.
         """
-        with ExitStack() as stack:
-
-            def ready() -> None:
-                stack.enter_context(between_batches)
-                self._engine.wait_started()
-
-            for_rank_zero(ready)
-            started = time.perf_counter()
-            together(lambda: self._send(version))
-            return Flow(self._bytes, time.perf_counter() - started)
+        started = time.perf_counter()
+        together(lambda: self._send(version))
+        return Flow(self._bytes, time.perf_counter() - started)
 
     def _send(self, version: int) -> None:
         weights = self.export.stream()

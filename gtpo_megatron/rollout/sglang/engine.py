@@ -145,7 +145,7 @@ class SGLangEngine:
         except BaseException:
             self._run(give_up(self._stages, self._updates, relays))
             raise
-        self._run(self._pool.updates.wait_updated())
+        self._run(self._pool.updates.wait_for_quorum())
         self.version = version
 
     def _replace_weights(

@@ -27,6 +27,7 @@ class Fleet:
         self.gate_open = False  # closed while weights are replaced
         self.router = router
         self.failure: BaseException | None = None
+        self.shortage = ""  # while an update waits for its quorum: how many servers are missing
         self._config = config
         self._waiters: deque[tuple[asyncio.Future[Worker], Worker | None]] = deque()
         self._ready_at = asyncio.get_running_loop().time()
@@ -120,9 +121,20 @@ class Fleet:
                 self._fail_waiters(self.no_server())
             await asyncio.sleep(0.2)
 
+    def note_shortage(self) -> str:
+        """How many servers a quorum lacks (rollout.sglang.quorum), kept in `shortage`; "" where there are enough."""
+        ready, needed = len(self.ready), self._config.needed(len(self.workers))
+        self.shortage = (
+            f"{ready} of {len(self.workers)} servers hold the current weights, {needed} are needed "
+            f"(rollout.sglang.quorum: {self._config.quorum})"
+            if ready < needed
+            else ""
+        )
+        return self.shortage
+
     def troubles(self) -> list[str]:
-        """A line for each server that cannot be sampled from."""
-        return [
+        """How many servers are waited for, and a line for each that cannot be sampled from."""
+        return [self.shortage] * bool(self.shortage) + [
             f"{w.url or f'server {w.index}'}: {w.state}, {w.reason}"
             + (f"; before that: {w.trouble}" if w.trouble not in ("", w.reason) else "")
             for w in self.workers
@@ -130,10 +142,11 @@ class Fleet:
         ]
 
     def no_server(self) -> UserError:
-        """The error of a run without servers."""
+        """The error of a run without servers, or without its quorum of them."""
         reasons = "\n".join(f"  {line}" for line in self.troubles())
+        few = "too few SGLang servers have" if self.ready else "no SGLang server has"
         return UserError(
-            "no SGLang server has been usable for "
+            f"{few} been usable for "
             f"{self._config.no_server_timeout_s:g} s (rollout.sglang.no_server_timeout_s):\n{reasons}"
         )
 

@@ -39,6 +39,7 @@ class Timing:
     control_s: float = 60.0  # for a call that moves no weights: pause, go on, flush
     transfer_s: float = 600.0  # for one call that does
     collective_s: float = COLLECTIVE_S  # for the broadcast of one bucket, and for joining its group
+    gather_s: float = 1.0  # after a server has become stale, for others to be restored with it
     backoff_s: float = 1.0  # before a second restart; doubles
     backoff_max_s: float = 60.0
     attempts: int = 6  # failures of one request, on whatever servers, before the run stops

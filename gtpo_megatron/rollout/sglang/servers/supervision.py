@@ -110,8 +110,8 @@ class Supervision:
         self._fleet.lose(worker, f"does not answer {worker.url}/health ({worker.reason})")
 
     async def _refresh(self, worker: Worker) -> None:
-        if self._updates.can_restore:
-            await self._updates.restore(worker)
+        if self._updates.restoration.possible:
+            await self._updates.restoration.bring(worker)
         else:
             await self._watch(worker)
 
