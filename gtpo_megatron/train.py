@@ -30,6 +30,7 @@ from gtpo_megatron.policy.step import (
     score,
     with_logprobs,
 )
+from gtpo_megatron.rollcall import peers_lost
 from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.costs import Costs, Passes, memory_metrics, speed_metrics
 from gtpo_megatron.run.profiling import traced
@@ -49,8 +50,18 @@ def train(config: RunConfig) -> int:
     for it catches signals.
 
     Returns 0 when all steps are done, 3 when a signal stopped the run (the same command goes on from there).
-    Raises UserError for what the user can mend; whatever was done until then is written.
+    Raises UserError for what the user can mend, whatever was done until then is written; PeerLost where other ranks have
+    ended or cannot be reached.
     """
+    try:
+        return _train(config)
+    except RuntimeError as error:
+        if (lost := peers_lost(error)) is not None:
+            raise lost from error
+        raise
+
+
+def _train(config: RunConfig) -> int:
     with Run(config) as run, Batches(run) as batches:
         try:
             take_steps(run, batches)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -68,6 +69,10 @@ class Run:
     def _open(self) -> None:
         config = self.config
         platform.init_process_group()
+        if config.rollout.engine == "sglang":
+            control.allow_waits(
+                config.rollout.sglang.start_timeout_s + config.rollout.sglang.no_server_timeout_s
+            )
         self.main = world_rank() == 0
         self.owner: Owner | None = None  # on rank 0
         on_rank_zero(self._claim_directory)
