@@ -37,7 +37,7 @@ from gtpo_megatron.run.alarm import AlarmWatch
 from gtpo_megatron.run.costs import Flow, send
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.facts import RunFacts
-from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
+from gtpo_megatron.run.identity import check_directory, check_same_on_all_ranks, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
@@ -69,6 +69,7 @@ class Run:
     def _open(self) -> None:
         config = self.config
         platform.init_process_group()
+        check_same_on_all_ranks(config)
         if config.rollout.engine == "sglang":
             control.allow_waits(
                 config.rollout.sglang.start_timeout_s + config.rollout.sglang.no_server_timeout_s

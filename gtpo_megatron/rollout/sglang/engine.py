@@ -22,7 +22,8 @@ from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, Sa
 from gtpo_megatron.rollout.sglang.audit.survey import differences, scores
 from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.sampling import Job, Sampler
-from gtpo_megatron.rollout.sglang.servers.launch import Device, make_launch, resolve_key
+from gtpo_megatron.rollout.sglang.servers.launch import DTYPES, Device, make_launch, resolve_key
+from gtpo_megatron.rollout.sglang.servers.model import ServedModel
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
 from gtpo_megatron.rollout.sglang.servers.states import Timing
 from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Layout, Snapshot, fill, pack
@@ -103,6 +104,7 @@ class SGLangEngine:
                     timing.collective_s,
                 ),
                 timing,
+                ServedModel.at(model_path, DTYPES[dtype]),
             )
             await pool.start()
             return pool

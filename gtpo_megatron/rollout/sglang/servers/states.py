@@ -61,6 +61,7 @@ class Worker:
     faults: int = 0  # in a row
     reason: str = "is starting"
     trouble: str = ""  # why it was last taken out
+    misfit: str = ""  # how what it serves is not the policy
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
