@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import ServerFault
+from gtpo_megatron.rollout.sglang.servers.places import Places
 from gtpo_megatron.rollout.sglang.servers.router import Router
 from gtpo_megatron.rollout.sglang.servers.states import State, Worker
 
 T = TypeVar("T")
-AFFINITY = 8  # completions of a group stay together, for the prefix cache, up to this much imbalance
 
 
 class Fleet:
@@ -29,6 +29,7 @@ class Fleet:
         self.failure: BaseException | None = None
         self.shortage = ""  # while an update waits for its quorum: how many servers are missing
         self._config = config
+        self._places = Places(config.concurrency)
         self._waiters: deque[tuple[asyncio.Future[Worker], Worker | None]] = deque()
         self._ready_at = asyncio.get_running_loop().time()
 
@@ -45,7 +46,10 @@ class Fleet:
 
     def move(self, worker: Worker, state: State, reason: str) -> None:
         """Change a worker's state; who waits for a ready one is served."""
+        was_ready = worker.state == "ready"
         worker.move(state, reason)
+        if was_ready != (state == "ready"):
+            (self._places.close if was_ready else self._places.open)(worker)
         self.dispatch()
 
     def suspect(self, worker: Worker, reason: str) -> None:
@@ -96,7 +100,7 @@ class Fleet:
 
     def release(self, worker: Worker) -> None:
         """Give a place back."""
-        worker.inflight -= 1
+        self._places.give_back(worker)
         self.dispatch()
 
     def dispatch(self) -> None:
@@ -151,14 +155,7 @@ class Fleet:
         )
 
     def _pick(self, preferred: Worker | None) -> Worker | None:
-        free = [w for w in self.ready if w.inflight < self._config.concurrency] if self.gate_open else []
-        if not free:
-            return None
-        worker = min(free, key=lambda w: w.inflight)
-        if preferred in free and preferred is not None and preferred.inflight <= worker.inflight + AFFINITY:
-            worker = preferred
-        worker.inflight += 1
-        return worker
+        return self._places.take(preferred) if self.gate_open else None
 
     def _fail_waiters(self, error: BaseException) -> None:
         while self._waiters:
