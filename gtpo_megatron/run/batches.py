@@ -63,7 +63,7 @@ class Batches:
 
     def __exit__(self, *_: object) -> None:
         if self._ahead and self._run.engine is not None:
-            self._run.engine.abort_all()
+            self._run.engine.abort_all(for_good=True)
         self._thread.shutdown(cancel_futures=True)
 
     def next(self) -> list[Trajectory]:

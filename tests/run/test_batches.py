@@ -45,7 +45,7 @@ class Engine:
         versions = np.full(6, self.version, np.int32)
         return Completion(ids, np.zeros(6, np.float32), versions, "length", 0.0)
 
-    def abort_all(self) -> None:
+    def abort_all(self, *, for_good: bool = False) -> None:
         """Nothing is under way for long."""
 
 

@@ -43,8 +43,8 @@ class Restoration:
 
     @property
     def possible(self) -> bool:
-        """Whether there are weights to give, and no update under way."""
-        return self._copy() is not None and not self.stopped
+        """Whether there are current weights to give, and no update under way."""
+        return self._copy() is not None and self._fleet.tag is not None and not self.stopped
 
     async def bring(self, worker: Worker) -> None:
         """Bring a stale worker to the current weights, and compare it with another that holds them.
