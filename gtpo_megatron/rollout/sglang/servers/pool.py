@@ -94,6 +94,7 @@ class Pool:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self.updates.restoration.close()
         await self.updates.link.close()
         processes = [w.process for w in self.fleet.workers if w.process]
         if self.router is not None and self.router.process is not None:

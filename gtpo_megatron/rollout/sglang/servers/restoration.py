@@ -67,13 +67,15 @@ class Restoration:
     async def stop(self) -> None:
         """No more rounds until `resume`. What is being sent of one ends with its bucket, or is cut after control_s."""
         self.stopped = True
-        current = self._round
-        if current is None or current.done():
-            return
-        if self._sending:
-            await asyncio.wait({current}, timeout=self._timing.control_s)
-        current.cancel()
-        await asyncio.wait({current})
+        if self._round is not None and self._sending:
+            await asyncio.wait({self._round}, timeout=self._timing.control_s)
+        await self.close()
+
+    async def close(self) -> None:
+        """End a round under way at once."""
+        if self._round is not None:
+            self._round.cancel()
+            await asyncio.wait({self._round})
 
     def resume(self) -> None:
         """Rounds may begin again."""
