@@ -161,6 +161,18 @@ def test_where_none_is_left_the_first_restored_is_the_witness_of_the_others() ->
     scenario(play, count=3)
 
 
+def test_a_server_that_cannot_be_compared_with_another_is_not_asked_for_checksums() -> None:
+    async def play(running: Rehearsal) -> None:
+        running.server(0).restart()
+        running.server(0).broken["/weights_checker"] = "erring"
+        await running.until(lambda: running.states == ["stale"])
+        await running.all_ready()
+        assert running.holds_current(running.server(0))
+        assert times(running.server(0), "/weights_checker") == []
+
+    scenario(play, count=1)
+
+
 def lose(running: Rehearsal, count: int) -> None:
     """So many servers die in the next update's last call."""
     for i in range(count):

@@ -134,18 +134,25 @@ class Restoration:
             self._sending = False
 
     async def _admit(self, workers: list[Worker], tag: str) -> None:
-        """Those whose tensors are those of a ready server may be sampled from; where there is none, of the first among them."""
+        """Those whose tensors are a ready server's may be sampled from; where none is ready, those of the first of them.
+
+        Where there is none to compare it with, a worker's own confirmation must do.
+        """
+        others = [*self._fleet.ready, *workers]
+        compared = [w for w in workers if any(o.ranks == w.ranks and o is not w for o in others)]
+        found = await asyncio.gather(*map(self._sums, compared), return_exceptions=True)
+        sums = dict(zip(compared, found, strict=True))
         witnesses: dict[int, tuple[str, Sums]] = {}  # by number of ranks, with the URL
-        found = await asyncio.gather(*(self._sums(worker) for worker in workers), return_exceptions=True)
-        for worker, ours in zip(workers, found, strict=True):
+        for worker in workers:
+            ours = sums.get(worker, {})
             if isinstance(ours, (ServerFault, Refused)):
                 self._fault(worker, str(ours))
                 continue
             if isinstance(ours, BaseException):
                 raise ours
-            if worker.ranks not in witnesses:
+            if worker in sums and worker.ranks not in witnesses:
                 witnesses[worker.ranks] = await self._testimony(worker.ranks) or (worker.url, ours)
-            witness, theirs = witnesses[worker.ranks]
+            witness, theirs = witnesses.get(worker.ranks, ("", ours))
             if names := differing(ours, theirs):
                 what = f"{len(names)} tensors differ from {witness}: {', '.join(names[:8])}"
                 self._fault(worker, f"{worker.url}: {what}")
