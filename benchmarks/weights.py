@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def by_layout(policy: Any, checkpoint: Path, urls: list[str], peer: Peer | None)
             )
         stages = stack.enter_context(StageWeights(policy, str(checkpoint), BUCKET, engine))
         for turn in range(WARM + TURNS):
-            rows["stages"].append(measured(lambda: stages.publish(turn, nullcontext())))  # noqa: B023
+            rows["stages"].append(measured(lambda: stages.publish(turn)))  # noqa: B023
             rows["export"].append(measured(lambda: exhaust(stages.export.stream())))
             rows["peer"].append(peer.seconds() if peer else 0.0)
 

@@ -54,6 +54,19 @@ def group() -> dist.ProcessGroup:
     return _group[1]
 
 
+def store() -> dist.Store:
+    """The world's store, under this project's names. Raises RuntimeError where it is gone."""
+    return dist.PrefixStore("gtpo_megatron", dist.distributed_c10d._get_default_store())
+
+
+def allow_waits(seconds: float) -> None:
+    """Let rank 0 keep the others waiting on the control group for so much longer than WAIT_LIMIT. On every rank.
+
+    For waits that the configuration allows it beside sampling, such as servers that start or are gone.
+    """
+    dist.distributed_c10d._set_pg_timeout(WAIT_LIMIT + timedelta(seconds=seconds), group())
+
+
 def agree(flag: bool, text: str = "") -> Agreement | None:
     """The first rank that sets its flag, with its text (TEXT_BYTES of it at most); None on all if none does.
 
@@ -92,12 +105,12 @@ def largest(values: Sequence[float]) -> list[float]:
 def post(word: str) -> None:
     """Say a word that other ranks may look for (`posted`) whenever they like. Not collective; from any thread."""
     if dist.get_world_size() > 1:
-        _store().set(word, "1")
+        store().set(word, "1")
 
 
 def posted(word: str) -> bool:
     """Whether any rank has posted the word in this world. Not collective; from any thread."""
-    return dist.get_world_size() > 1 and bool(_store().check([word]))
+    return dist.get_world_size() > 1 and bool(store().check([word]))
 
 
 def broadcast_from_zero(value: T | None = None) -> T:
@@ -160,10 +173,6 @@ def gather_to_zero(value: T) -> list[T] | None:
         dist.recv(received, src=source, group=group())
         values.append(_unpacked(received))
     return values
-
-
-def _store() -> dist.Store:
-    return dist.PrefixStore("gtpo_megatron", dist.distributed_c10d._get_default_store())
 
 
 def _packed_together(values: Sequence[Any]) -> list[Tensor]:

@@ -30,9 +30,11 @@ from gtpo_megatron.policy.step import (
     score,
     with_logprobs,
 )
+from gtpo_megatron.rollcall import peers_lost
 from gtpo_megatron.run.batches import Batches
 from gtpo_megatron.run.costs import Costs, Passes, memory_metrics, speed_metrics
 from gtpo_megatron.run.profiling import traced
+from gtpo_megatron.run.queue import Job
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.analysis import summarise
@@ -48,8 +50,18 @@ def train(config: RunConfig) -> int:
     for it catches signals.
 
     Returns 0 when all steps are done, 3 when a signal stopped the run (the same command goes on from there).
-    Raises UserError for what the user can mend; whatever was done until then is written.
+    Raises UserError for what the user can mend, whatever was done until then is written; PeerLost where other ranks have
+    ended or cannot be reached.
     """
+    try:
+        return _train(config)
+    except RuntimeError as error:
+        if (lost := peers_lost(error)) is not None:
+            raise lost from error
+        raise
+
+
+def _train(config: RunConfig) -> int:
     with Run(config) as run, Batches(run) as batches:
         try:
             take_steps(run, batches)
@@ -269,19 +281,20 @@ def evaluate(run: Run) -> None:
 
     Raises Interrupted, on every rank, if the run is asked to stop before it is done: figures of a part are no figures.
     """
-    for suite, prompts in run.not_evaluated():
-        raise_if_asked_to_stop(run)
-        with run.stage("evaluation"):
-            sampled = evaluate_prompts(
-                suite.config, run.engine, run.engine_lock, run.tokenizer, prompts.prompts, run.step
-            )
-        raise_if_asked_to_stop(run)
-        if run.main:
-            result = figures(sampled, suite.name)
-            run.metrics.log(run.step, result)
-            shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in result.items())
-            which = "" if suite.name == DATA else f" on {suite.name}"
-            run.progress.note(f"evaluation{which} after step {run.step}: {shown}")
+    suites = run.not_evaluated()
+    if not suites:
+        return
+    with run.stage("evaluation"), run.queue.turn(run.queue.enter(Job.EVALUATION)):
+        for suite, prompts in suites:
+            raise_if_asked_to_stop(run)
+            sampled = evaluate_prompts(suite.config, run.engine, run.tokenizer, prompts.prompts, run.step)
+            raise_if_asked_to_stop(run)
+            if run.main:
+                result = figures(sampled, suite.name)
+                run.metrics.log(run.step, result)
+                shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in result.items())
+                which = "" if suite.name == DATA else f" on {suite.name}"
+                run.progress.note(f"evaluation{which} after step {run.step}: {shown}")
 
 
 def raise_if_asked_to_stop(run: Run) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gtpo_megatron.errors import STUCK
@@ -47,8 +48,11 @@ def silent_s() -> float:
     return time.monotonic() - last.time if last.stage in WATCHED else 0.0
 
 
-def watch(limit_s: float, poll_s: float = POLL_S) -> None:
-    """End this process with STUCK and the stacks of its threads, once there is no sign for `limit_s`. 0: never."""
+def watch(limit_s: float, poll_s: float = POLL_S, lost: Callable[[], str] = lambda: "") -> None:
+    """End this process with STUCK and the stacks of its threads, once there is no sign for `limit_s`. 0: never.
+
+    `lost` says which of those that it may wait for are no more.
+    """
     if not limit_s:
         return
 
@@ -59,7 +63,8 @@ def watch(limit_s: float, poll_s: float = POLL_S) -> None:
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 print(
                     f"rank {os.environ.get('RANK', '0')}: no progress in stage {_last.stage} for {silent_s():.0f} s; it ends "
-                    f"(training.stuck_after_s: {limit_s:g})",
+                    f"(training.stuck_after_s: {limit_s:g})"
+                    + (f"; no answer from {gone}" if (gone := lost()) else ""),
                     file=sys.__stderr__,
                     flush=True,
                 )

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gtpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "control", "errors", "network", "processes", "vigil"}
+BASE = {"config", "control", "errors", "network", "processes", "rollcall", "vigil"}
 READERS = {
     "cluster.record",
     "run.alarm",
@@ -27,6 +27,7 @@ ALLOWED = {
     "registry": set(),
     "network": {"errors"},
     "processes": set(),
+    "rollcall": {"control"},
     "vigil": {"errors"},
     "machine": BASE,
     "cluster": BASE | {"cluster.record", "registry", "run.directory"},

@@ -36,7 +36,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "policy/head/tiles.py": HEAD_TESTS,
     "policy/head/torch_head.py": HEAD_TESTS,
     "policy/objective.py": ("tests/policy/test_objective.py",),
-    "run/batches.py": ("tests/run/test_batches.py",),
+    "run/batches.py": ("tests/run/test_batches.py", "tests/run/test_ahead.py"),
+    "run/rounds.py": ("tests/run/test_batches.py", "tests/run/test_ahead.py"),
+    "run/queue.py": ("tests/run/test_queue.py",),
     "rollout/collect.py": ("tests/rollout/test_collect.py",),
 }
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -109,11 +109,12 @@ def train(
         _dry_run(config, world_size)
         return
     check_run(config, _env_world_size() or 1)
+    from gtpo_megatron import rollcall
     from gtpo_megatron.train import train as run_training
 
     # not before: loading torch's libraries from a slow file system may keep Python still for minutes
     give_pulse(os.environ)
-    vigil.watch(config.training.stuck_after_s)
+    vigil.watch(config.training.stuck_after_s, lost=rollcall.missing)
 
     raise typer.Exit(run_training(config))
 

@@ -1,8 +1,10 @@
 """`rollout.sglang`: the servers."""
 
-from typing import Literal
+import math
+import re
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gtpo_megatron.config.section import Section
 
@@ -72,10 +74,34 @@ class SGLangConfig(Section):
     partial: bool = Field(
         False, description="continue completions after an update, a timeout or the end of their batch"
     )
+    quorum: int | str = Field(
+        1,
+        description="servers, by number or as a share (`75%`), that must have an update before sampling goes on; "
+        "the others are brought to it later",
+    )
     no_server_timeout_s: float = Field(
-        600.0, gt=0, le=604_800, description="how long to wait with no server left before saving and stopping"
+        600.0,
+        gt=0,
+        le=604_800,
+        description="how long to wait with no server left, or fewer than `quorum`, before saving and stopping",
     )
     args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
+
+    @field_validator("quorum", mode="before")
+    @classmethod
+    def _number_or_share(cls, value: Any) -> Any:
+        share = re.fullmatch(r"(\d+)%", value) if isinstance(value, str) else None
+        if not (1 <= int(share[1]) <= 100 if share else type(value) is int and 1 <= value <= 10_000):
+            raise ValueError(
+                "must be a number of servers from 1 to 10000, or a share of them from 1% to 100%"
+            )
+        return value
+
+    def needed(self, servers: int) -> int:
+        """How many of so many servers `quorum` asks for."""
+        if isinstance(self.quorum, int):
+            return self.quorum
+        return max(1, math.ceil(servers * int(self.quorum[:-1]) / 100))
 
     @property
     def given(self) -> bool:

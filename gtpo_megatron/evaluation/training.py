@@ -1,6 +1,5 @@
 """Accuracy and format on held-out prompts, by the engine that training samples with."""
 
-import threading
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -22,7 +21,6 @@ TERMS = (RewardTerm(kind="math_verify", name="accuracy"), RewardTerm(kind="forma
 def evaluate_prompts(
     config: RunConfig,
     engine: RolloutEngine | None,
-    lock: threading.Lock,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     step: int,
@@ -30,7 +28,8 @@ def evaluate_prompts(
     """Sample the prompts with the engine's weights and score them, whatever the training reward is. Collective.
 
     `config` is the suite's (`data.suites.Suite`), whose section `evaluation` says how its prompts are sampled.
-    The completions are on rank 0; there are none elsewhere. `engine` is None on ranks without one.
+    The completions are on rank 0; there are none elsewhere. `engine` is None on ranks without one;
+    where there is one, it is this evaluation's turn to use it.
     """
     params = sampling_params(config, stop_token_ids(tokenizer))
     seed = sampling_seed(config)
@@ -39,7 +38,7 @@ def evaluate_prompts(
         return gather([])
     own = places[world_rank() :: dist.get_world_size()] if engine.on_every_rank else places
     try:
-        with RewardPool(scoring(config)) as rewards, lock:
+        with RewardPool(scoring(config)) as rewards:
             share = sample_share(engine, rewards, tokenizer, own, params, step)
     except Exception as error:  # told to all ranks
         return gather(error)

@@ -41,6 +41,9 @@ def _sglang_problems(rollout: RolloutConfig) -> Iterator[str]:
         value = getattr(server, key)
         if (server.urls or server.urls_file) and value != type(server).model_fields[key].default:
             yield f"rollout.sglang.{key}: {value}: servers are given by URL, so none is started; drop one of the two"
+    fixed = len(server.urls) or (0 if server.given else server.servers)
+    if fixed and server.needed(fixed) > fixed:
+        yield f"rollout.sglang.quorum: {server.quorum}: there are {fixed} servers; ask for {fixed} or fewer"
     if server.host not in ("127.0.0.1", "localhost", "::1") and server.api_key is None:
         yield (
             f"rollout.sglang.host: {server.host} is reachable from other machines: "

@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 import torch
 import torch.distributed as dist
 
-from gtpo_megatron import control, network
+from gtpo_megatron import control, network, rollcall
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine import probe
 
@@ -225,6 +225,7 @@ def init_process_group() -> None:
         else:
             dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
         control.group()
+    rollcall.answer_calls()
 
 
 def gloo_interface() -> contextlib.AbstractContextManager[None]:

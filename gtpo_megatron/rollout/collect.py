@@ -1,6 +1,7 @@
 """From prompts to analysed trajectories: sample groups, score each as it arrives, compare the completions of a group."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,23 +40,26 @@ def sample_share(
     params: SamplingParams,
     step: int,
     keep: int | None = None,
+    turn: AbstractContextManager[None] | None = None,
 ) -> list[Trajectory]:
     """Sample and score this rank's share of the prompts. Without collectives: it may run beside training.
 
-    `keep` ends sampling once so many groups are finished (oversampling); the others are aborted.
+    `keep` ends sampling once so many groups are finished (oversampling); the others are aborted. `turn` is held while the
+    engine is used, and not while the last scores are waited for.
     """
     by_group = {p.group: p for p in prompts}
     requests = [PromptRequest(p.group, p.prompt.prompt_ids, p.seed) for p in prompts]
     arrived = []
-    groups = engine.generate(requests, params)
-    for group in groups:
-        prompt = by_group[group.request.group].prompt
-        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group.completions]
-        scores = rewards.submit([(text, prompt.answer, prompt.question) for text in texts])
-        arrived.append((group, prompt, texts, scores))
-        if keep is not None and len(arrived) == keep:
-            groups.close()
-            break
+    with turn or nullcontext():
+        groups = engine.generate(requests, params)
+        for group in groups:
+            prompt = by_group[group.request.group].prompt
+            texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group.completions]
+            scores = rewards.submit([(text, prompt.answer, prompt.question) for text in texts])
+            arrived.append((group, prompt, texts, scores))
+            if keep is not None and len(arrived) == keep:
+                groups.close()
+                break
     scored = [(group, prompt, texts, scores.result()) for group, prompt, texts, scores in arrived]
     rewards.check([score for *_, scores in scored for score in scores])
     return [

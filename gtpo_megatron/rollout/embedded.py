@@ -87,6 +87,9 @@ class EmbeddedEngine:
         self.version = -1
         self._aborted, self._ended = threading.Event(), threading.Event()  # the latter for good
 
+    def wait_started(self) -> None:
+        """Nothing: it is there."""
+
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
         """Copy tensors by Hugging Face name. Raises KeyError for an unknown name, ValueError for missing tensors."""
         parameters = dict(self.model.named_parameters())

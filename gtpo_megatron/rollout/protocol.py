@@ -65,8 +65,12 @@ class RolloutEngine(Protocol):
     updates_in_flight: bool
     version: int  # version of the weights it samples with
 
+    def wait_started(self) -> None:
+        """Wait until it can take weights, at the first call. Raises UserError where it will not."""
+        ...
+
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
-        """Replace all weights (Hugging Face names, whole tensors). Returns when every worker samples with `version`."""
+        """Replace all weights (Hugging Face names, whole tensors). Returns when sampling goes on with `version`, and nothing else."""
         ...
 
     def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:

@@ -1,51 +1,61 @@
 """Batches of analysed trajectories, one a step: sampled now, sampled ahead, or read back after a restart.
 
 A step's batch is stored, with the position of the prompt sampler behind it, before it is trained on. So a run that goes on
-from a checkpoint uses the batches that are stored already, and no prompt is lost or taken twice.
+from a checkpoint uses the batches that are stored already, and no prompt is lost or taken twice: prompts are taken for
+one batch after the other, with its replacements, however far ahead it is sampled.
 """
 
 import logging
-import math
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, Self
-
-import torch.distributed as dist
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self, TypeVar
 
 from gtpo_megatron import control
-from gtpo_megatron.errors import UserError
 from gtpo_megatron.policy.collective import for_rank_zero, on_rank_zero
 from gtpo_megatron.policy.model import world_rank
-from gtpo_megatron.rollout.collect import (
-    GroupPrompt,
-    analyse,
-    gather,
-    sample_share,
-    solutions,
-    without_signal,
-)
+from gtpo_megatron.rollout.collect import GroupPrompt, analyse, gather, solutions
 from gtpo_megatron.run.costs import Flow
+from gtpo_megatron.run.queue import Job
+from gtpo_megatron.run.rounds import Rounds, Share
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.run.signals import Interrupted
 from gtpo_megatron.trajectories.record import Trajectory
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A batch before its analysis; its trajectories are on rank 0 alone."""
+
+    trajectories: list[Trajectory]
+    behind: dict[str, Any]  # the prompt sampler's state behind it
+    stored: bool = False  # and to be read back
+
+
 class Batches:
-    """The batches of a run in order. Use as a context; `next` and `settle` are collective."""
+    """The batches of a run in order. Use as a context; building it, `next` and `settle` are collective."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._rollout = run.config.rollout
-        # prompts of later steps' batches, and this rank's share of the trajectories
-        self._ahead: dict[int, tuple[list[GroupPrompt], Future[list[Trajectory]]]] = {}
-        # prompts taken for each batch that is not stored yet, by index, in the order in which they were taken
-        self._taken: dict[int, list[int]] = {}
-        self._behind = -1  # the last batch that the sampler is known to stand behind
-        self._sampled: dict[int, Flow] = {}  # generated tokens of this rank's engine, by step
+        self._ahead: dict[int, Callable[[], Sampled]] = {}  # batches that were begun, by step
+        self._behind = run.sampler.state_dict()  # behind the last batch that is stored
+        self._failure: Exception | None = None  # of a batch made ahead: none behind it can be made
+        shared = control.broadcast_from_zero(run.engine is None or run.engine.on_every_rank)
+        if shared and self._rollout.staleness > 1:
+            raise ValueError("an engine on every rank samples one batch ahead at most")
+        # Rank 0's engine makes whole batches ahead. Where every rank has one, rounds are judged together, which cannot go on
+        # beside training: the first round alone is sampled ahead.
+        self._begin = self._begin_together if shared else self._begin_alone
+        self._rounds = (
+            Rounds(run, self._gather, control.broadcast_from_zero)
+            if shared
+            else Rounds(run, lambda share: share(), lambda value: value)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def __enter__(self) -> Self:
@@ -53,7 +63,7 @@ class Batches:
 
     def __exit__(self, *_: object) -> None:
         if self._ahead and self._run.engine is not None:
-            self._run.engine.abort_all()
+            self._run.engine.abort_all(for_good=True)
         self._thread.shutdown(cancel_futures=True)
 
     def next(self) -> list[Trajectory]:
@@ -65,16 +75,13 @@ class Batches:
         run, step = self._run, self._run.step
         if run.config.algorithm.name == "sft":
             prompts = run.next_prompts(run.config.training.sft_batch_size, step)
+            self._behind = run.sampler.state_dict()
             return for_rank_zero(lambda: solutions(prompts, run.tokenizer, step)) or []
         with run.stage("rollout"):
-            batch = self._read(step) if self._is_stored(step) else self._finish(step)
+            batch = self._finish(step)
         for later in range(step + 1, min(step + 1 + self._rollout.staleness, run.config.training.steps)):
-            if self._is_stored(later):
-                self._advance_sampler(later)
-            elif later not in self._ahead:
-                prompts = self._prompts(later)
-                share = self._thread.submit(self._share, prompts, later, self._keep)
-                self._ahead[later] = prompts, share
+            if later not in self._ahead:
+                self._ahead[later] = self._begin(later, ahead=True)
         return batch
 
     def settle(self) -> None:
@@ -90,138 +97,100 @@ class Batches:
 
     def sampled(self, step: int) -> Flow | None:
         """Generated tokens of the step's batch that this rank's engine sampled and had scored; None if it was read back."""
-        return self._sampled.pop(step, None)
+        return self._rounds.sampled.pop(step, None)
 
     @property
     def sampler_state(self) -> dict[str, Any]:
-        """Where a resumed run has to go on with prompts: first with those of the batches that are not stored."""
-        state = self._run.sampler.state_dict()
-        unused = [index for step in sorted(self._taken) for index in self._taken[step]]
-        return state | {"returned": unused + state["returned"]}
+        """Where a resumed run has to go on with prompts: with those of the batches that are not stored."""
+        return self._behind
 
-    def _is_stored(self, step: int) -> bool:
-        return on_rank_zero(lambda: self._run.store.path(step).exists())
+    def _finish(self, step: int) -> list[Trajectory]:
+        """The step's batch: begun ahead or sampled now, or read back; analysed and stored. On rank 0; nothing elsewhere."""
+        begun = self._ahead.pop(step, None) or self._begin(step, ahead=False)
+        made = begun()
 
-    def _read(self, step: int) -> list[Trajectory]:
-        self._advance_sampler(step)
-        return for_rank_zero(lambda: self._run.store.read(step)) or []
+        def analysed() -> list[Trajectory]:
+            if made.stored:
+                return self._run.store.read(step)
+            batch = analyse(made.trajectories, self._run.config.algorithm.advantages)
+            with self._run.stage("store"):
+                self._run.store.write(step, batch, {"sampler": made.behind})
+            return batch
 
-    def _advance_sampler(self, step: int) -> None:
-        """Move the prompt sampler behind the prompts of a stored batch, if it is not further on already."""
-        if step > self._behind:
-            self._run.sampler.load_state_dict(
-                on_rank_zero(lambda: self._run.store.read_notes(step)["sampler"])
-            )
-            self._behind = step
+        batch = for_rank_zero(analysed) or []
+        self._behind = made.behind
+        return batch
 
-    @property
-    def _keep(self) -> int | None:
-        return self._rollout.prompts_per_step if self._rollout.oversample > 1 else None
+    # ------------------------------------------------------------------ an engine on every rank
 
-    def _prompts(self, step: int) -> list[GroupPrompt]:
-        count = math.ceil(self._rollout.prompts_per_step * self._rollout.oversample)
-        return self._next_prompts(count, step)
-
-    def _next_prompts(self, count: int, step: int, first_group: int = 0) -> list[GroupPrompt]:
-        prompts = self._run.next_prompts(count, step, first_group)
-        self._taken.setdefault(step, []).extend(prompt.index for prompt in prompts)
-        return prompts
-
-    def _share(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
-        """This rank's part of the prompts, sampled and scored. No collectives: it may run beside training."""
+    def _begin_together(self, step: int, *, ahead: bool) -> Callable[[], Sampled]:
+        """Begin a batch on every rank: its first round, beside training if it is `ahead`. Returns what finishes it; collective."""
         run = self._run
-        if run.engine is None:
-            return []
-        own = prompts[world_rank() :: dist.get_world_size()] if run.engine.on_every_rank else prompts
-        with run.engine_lock:  # one batch at a time
-            started = time.perf_counter()
-            share = sample_share(run.engine, run.rewards, run.tokenizer, own, run.sampling_params, step, keep)
-        tokens = sum(t.length for t in share)
-        self._sampled.setdefault(step, Flow()).add(tokens, time.perf_counter() - started)
-        whole = len(own) if keep is None else min(keep, len(own))
-        if run.signals.asked and len({t.group for t in share}) < whole:
-            raise Interrupted(f"step {step + 1}: sampling was cut short")
-        return share
+        if on_rank_zero(lambda: run.store.path(step).exists()):
+            behind = on_rank_zero(lambda: run.store.read_notes(step)["sampler"])
+            run.sampler.load_state_dict(behind)
+            return lambda: Sampled([], behind, stored=True)
+        prompts = self._rounds.prompts(step)
+        # at once, so that a batch ahead always comes before the update that follows it: a seed fixes its weights
+        place = run.queue.enter(Job.BATCH, step)
+        first = partial(self._rounds.first, step, prompts, place)
+        if ahead:
+            future = self._thread.submit(first)
+            future.add_done_callback(lambda _: run.queue.leave(place))  # if it never began
+            first = future.result
+        return lambda: self._whole_together(step, prompts, first)
 
-    def _gather(self, share: Callable[[], list[Trajectory]]) -> list[Trajectory]:
-        """All ranks' shares on rank 0. Collective; if one was interrupted, all are."""
-        own = _outcome(share)
+    def _whole_together(self, step: int, prompts: Sequence[GroupPrompt], first: Share) -> Sampled:
+        whole = self._rounds.rest(step, prompts, self._gather(first))
+        return Sampled(whole, self._run.sampler.state_dict())
+
+    def _gather(self, share: Share) -> list[Trajectory]:
+        """All ranks' shares of a round on rank 0. Collective; if one was interrupted, all are."""
+        return gather(self._outcome(share))
+
+    # ------------------------------------------------------------------ an engine of rank 0's
+
+    def _begin_alone(self, step: int, *, ahead: bool) -> Callable[[], Sampled]:
+        """Begin a batch on rank 0, all of it beside training if it is `ahead`. Returns what finishes it; collective."""
+        make = partial(self._whole_alone, step)
+        if world_rank():
+            make = partial(Sampled, [], {})
+        elif ahead:
+            make = self._thread.submit(make).result
+
+        def finish() -> Sampled:
+            made = self._outcome(make)
+            control.raise_together(made if isinstance(made, Exception) else None)
+            return replace(made, behind=control.broadcast_from_zero(made.behind))
+
+        return finish
+
+    def _whole_alone(self, step: int) -> Sampled:
+        """Rank 0's batch, after all before it, so that prompts are taken in order. No collectives: beside training."""
+        run = self._run
+        if self._failure is not None:
+            raise self._failure
+        try:
+            if run.store.path(step).exists():
+                behind = run.store.read_notes(step)["sampler"]
+                run.sampler.load_state_dict(behind)
+                return Sampled([], behind, stored=True)
+            prompts = self._rounds.prompts(step)
+            first = self._rounds.first(step, prompts, run.queue.enter(Job.BATCH, step))
+            return Sampled(self._rounds.rest(step, prompts, first), run.sampler.state_dict())
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _outcome(self, action: Callable[[], T]) -> T | Exception:
+        """What the action gives on this rank, or the error that ends it here. Collective; an interruption is raised on all."""
+        try:
+            own = action()
+        except Exception as error:
+            own = error
         cut_short = isinstance(own, Interrupted)
         if not self._run.signals.cut_short(cut_short):
-            return gather(own)
+            return own
         if isinstance(own, Exception) and not cut_short:
             log.warning("dropped with the batch that the stop cut short: %s", own)
         raise own if cut_short else Interrupted("sampling was cut short on another rank")
-
-    def _finish(self, step: int) -> list[Trajectory]:
-        """Sample the step's batch, or wait for it if it was started; replace groups, analyse, store."""
-        run, config = self._run, self._run.config
-        if step in self._ahead:
-            prompts, share = self._ahead.pop(step)
-            sampled = self._gather(share.result)
-        else:
-            prompts = self._prompts(step)
-            sampled = self._gathered(prompts, step, self._keep)
-        self._put_back(prompts, sampled, step)
-        if config.rollout.dynamic_sampling.enabled:
-            sampled = self._replace_without_signal(sampled, step)
-        normalize = config.algorithm.advantages
-        batch = for_rank_zero(lambda: analyse(_renumbered(sampled), normalize)) or []
-        with run.stage("store"):
-            used = self._taken.pop(step)
-            notes = {"sampler": self.sampler_state}
-            try:
-                for_rank_zero(lambda: run.store.write(step, batch, notes))
-            except UserError:
-                self._taken[step] = used
-                raise
-        self._behind = max(self._behind, step)
-        return batch
-
-    def _put_back(self, prompts: Sequence[GroupPrompt], sampled: Sequence[Trajectory], step: int) -> None:
-        """Prompts whose groups oversampling left unfinished go first into the next batch that takes prompts."""
-        finished = on_rank_zero(lambda: {t.group for t in sampled})
-        left = [prompt.index for prompt in prompts if prompt.group not in finished]
-        if not left:
-            return
-        log.info("step %d: %d of %d groups were not finished; put back", step + 1, len(left), len(prompts))
-        self._run.sampler.put_back(left)
-        for index in left:
-            self._taken[step].remove(index)
-
-    def _gathered(self, prompts: Sequence[GroupPrompt], step: int, keep: int | None) -> list[Trajectory]:
-        return self._gather(lambda: self._share(prompts, step, keep))
-
-    def _replace_without_signal(self, sampled: list[Trajectory], step: int) -> list[Trajectory]:
-        """Sample new prompts in the place of groups whose rewards are all equal, for a number of rounds."""
-        unused = 1 + on_rank_zero(lambda: max(t.group for t in sampled))
-        for _ in range(self._rollout.dynamic_sampling.max_rounds):
-            silent = control.broadcast_from_zero(sorted(without_signal(sampled)))
-            if not silent:
-                break
-            prompts = self._next_prompts(len(silent), step, first_group=unused)
-            unused += len(silent)
-            fresh = self._gathered(prompts, step, keep=None)
-            useful = sorted({t.group for t in fresh} - without_signal(fresh))
-            dropped = set(silent[: len(useful)])
-            if world_rank() == 0:  # the others have no trajectories
-                log.info(
-                    "step %d: %d of %d groups without signal replaced", step + 1, len(useful), len(silent)
-                )
-            sampled = [t for t in sampled if t.group not in dropped] + [t for t in fresh if t.group in useful]
-        return sampled
-
-
-def _outcome(action: Callable[[], list[Trajectory]]) -> list[Trajectory] | Exception:
-    """An error of one rank travels to all through `gather`, instead of leaving them in a collective."""
-    try:
-        return action()
-    except Exception as error:
-        return error
-
-
-def _renumbered(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Groups numbered from 0 without gaps, in order."""
-    places = {group: place for place, group in enumerate(sorted({t.group for t in trajectories}))}
-    renumbered = [replace(t, group=places[t.group]) for t in trajectories]
-    return sorted(renumbered, key=lambda t: (t.group, t.index))

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from gtpo_megatron import control
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config, save_config
 from gtpo_megatron.errors import UserError
@@ -44,6 +47,32 @@ FIXED = {
         "clip_grad",
     ),
 }
+
+
+def check_same_on_all_ranks(config: RunConfig) -> None:
+    """See that every rank was started with rank 0's configuration. Collective.
+
+    Raises UserError on all ranks; it names the first rank that was not, and the keys.
+    """
+    first = control.broadcast_from_zero(config.model_dump(mode="json"))
+    different = list(_unequal(first, config.model_dump(mode="json")))
+    rank = dist.get_rank()
+    control.raise_together(
+        UserError(
+            f"rank {rank} was started with another configuration than rank 0: {'; '.join(different[:5])}. "
+            "Start all ranks with the same recipe and settings"
+        )
+        if different
+        else None
+    )
+
+
+def _unequal(first: Any, own: Any, key: str = "") -> Iterator[str]:
+    if isinstance(first, dict) and isinstance(own, dict):
+        for name in sorted(first.keys() | own.keys()):
+            yield from _unequal(first.get(name), own.get(name), f"{key}.{name}" if key else name)
+    elif first != own:
+        yield f"{key}: {own!r}, on rank 0 {first!r}"
 
 
 def check_directory(config: RunConfig) -> None:

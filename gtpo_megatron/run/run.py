@@ -2,15 +2,15 @@
 
 import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import numpy as np
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gtpo_megatron import control
 from gtpo_megatron.config import DataConfig, RunConfig
 from gtpo_megatron.data.prompts import PromptSet, load_prompts, stop_token_ids, with_solutions_within
 from gtpo_megatron.data.sampler import PromptSampler
@@ -40,10 +40,11 @@ from gtpo_megatron.run.certificate import fixed_sequences
 from gtpo_megatron.run.costs import Flow, send
 from gtpo_megatron.run.directory import Owner
 from gtpo_megatron.run.facts import RunFacts
-from gtpo_megatron.run.identity import check_directory, keep_config, remove_leftovers
+from gtpo_megatron.run.identity import check_directory, check_same_on_all_ranks, keep_config, remove_leftovers
 from gtpo_megatron.run.logs import logging_to
 from gtpo_megatron.run.metrics import MetricsWriter, read_metrics
 from gtpo_megatron.run.progress import RunProgress
+from gtpo_megatron.run.queue import EngineQueue, Job
 from gtpo_megatron.run.signals import StopSignals
 from gtpo_megatron.run.stages import Stages
 from gtpo_megatron.run.turns import Turn, Turns
@@ -71,6 +72,11 @@ class Run:
     def _open(self) -> None:
         config = self.config
         platform.init_process_group()
+        check_same_on_all_ranks(config)
+        if config.rollout.engine == "sglang":
+            control.allow_waits(
+                config.rollout.sglang.start_timeout_s + config.rollout.sglang.no_server_timeout_s
+            )
         self.main = world_rank() == 0
         self.owner: Owner | None = None  # on rank 0
         on_rank_zero(self._claim_directory)
@@ -194,7 +200,7 @@ class Run:
         self.turns: Turns | None = None  # None: engine and trainer have memory of their own
         self.mismatch: dict[str, float] | None = None  # of the newest certificate
         self.transferred: Flow | None = None  # bytes of weights, at the newest transfer; on rank 0
-        self.engine_lock = threading.Lock()
+        self.queue = EngineQueue()  # before this rank's engine
         self.rewards: RewardPool | None = None
         self.samples = config.algorithm.name != "sft" or bool(self.evaluated_on)
         if not self.samples:
@@ -204,7 +210,9 @@ class Run:
         def start() -> None:
             self.engine = self._make_engine(embedded)
             self._stack.callback(self.engine.close)
-            self.progress.waits_for = self.engine.waits_for
+            self.progress.waits_for = lambda: "; ".join(
+                filter(None, (self.queue.waits_for(), self.engine.waits_for()))
+            )
             if config.algorithm.name != "sft":
                 self.rewards = self._stack.enter_context(RewardPool(config.rewards))
 
@@ -250,13 +258,18 @@ class Run:
         """Give the engine the policy's weights, and see that it samples with them. Collective."""
         if not self.samples:
             return
-        self.take_turn("weights")
-        if self.sender is not None:
-            self.transferred = self.sender.publish(self.version, self._between_batches(self.engine))
-        else:
-            self._with_exported_weights(self._send)
-        if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
-            return
+        with self._turn_for_weights():
+            self.take_turn("weights")
+            if self.sender is not None:
+                self.transferred = self.sender.publish(self.version)
+            else:
+                with_whole_export(self.policy, self.engine, self._send)
+            if self.config.rollout.engine != "sglang" or self.config.algorithm.name == "sft":
+                return
+            self._examine_servers()
+
+    def _examine_servers(self) -> None:
+        """Let servers take the rest of their memory and, where it is time, compare them with the trainer."""
         sglang, at_start = self.config.rollout.sglang, self.mismatch is None
         if not (at_start or (sglang.verify_every and self.version % sglang.verify_every == 0)):
             self.take_turn("sampling")
@@ -270,16 +283,27 @@ class Run:
         self.take_turn("sampling")
         self._certify(sequences, trainer)
 
+    @contextmanager
+    def _turn_for_weights(self) -> Iterator[None]:
+        """The turn of all ranks' engines for new weights: between two batches, or where they can go on with others within one.
+
+        Collective. Ranks wait for it, and for servers that are starting, on the control group: none has begun an export,
+        whose groups have a shorter time limit.
+        """
+        with ExitStack() as stack:
+
+            def ready() -> None:
+                if self.engine is not None:
+                    place = self.queue.enter(Job.UPDATE, self.step, beside=self.engine.updates_in_flight)
+                    stack.enter_context(self.queue.turn(place))
+                    self.engine.wait_started()
+
+            together(ready)
+            yield
+
     def _send(self, weights: Iterator[NamedTensor]) -> None:
         self.transferred = None
         self.transferred = send(self.engine, weights, self.version)
-
-    def _with_exported_weights(self, action: Callable[[Iterator[NamedTensor]], None]) -> None:
-        with_whole_export(self.policy, self.engine, self._between_batches(self.engine), action)
-
-    def _between_batches(self, engine: RolloutEngine | None) -> AbstractContextManager[Any]:
-        """A batch sampled ahead is finished with the weights it began with, where it cannot go on with others."""
-        return nullcontext() if engine is None or engine.updates_in_flight else self.engine_lock
 
     def _certify(self, sequences: Sequence[Trajectory], trainer: Sequence[np.ndarray]) -> None:
         """Compare the servers' logprobs of the sequences with the trainer's; see rollout.sglang.audit.certificate."""
@@ -292,8 +316,7 @@ class Run:
         def compare() -> dict[str, float]:
             if self.engine is None:
                 return {}
-            with self._between_batches(self.engine):
-                scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
+            scores = self.engine.score([(t.prompt_ids.tolist(), t.token_ids.tolist()) for t in sequences])
             worst = max(certify(scores, trainer, bound).values(), key=lambda m: m.mean_abs)
             return worst.metrics()
 
@@ -305,7 +328,7 @@ class Run:
             raise disagreement
 
     def _compare_checksums(self) -> None:
-        self._with_exported_weights(lambda weights: self.engine.verify_weights(weights))
+        with_whole_export(self.policy, self.engine, lambda weights: self.engine.verify_weights(weights))
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -4,7 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # its imports are for rank 0
 def with_whole_export(
     policy: Policy,
     engine: RolloutEngine | None,
-    between_batches: AbstractContextManager[None],
     action: Callable[[Iterator[NamedTensor]], None],
 ) -> None:
     """Run `action` with the exported weights where there is an engine; an error of it is raised on all ranks."""
@@ -36,8 +35,7 @@ def with_whole_export(
     def act() -> None:
         try:
             if engine is not None:
-                with between_batches:
-                    action(weights)
+                action(weights)
         finally:
             for _ in weights:
                 pass  # every rank takes part in the whole export
@@ -80,21 +78,14 @@ class StageWeights:
             limits = COLLECTIVE_S, control.STEP_LIMIT.total_seconds()
             self._sender = StageSender(world_rank(), network.own_address(master), self.layouts, *limits)
 
-    def publish(self, version: int, between_batches: AbstractContextManager[None]) -> Flow:
-        """Give the servers this version. The export begins on all ranks when the servers can take it.
+    def publish(self, version: int) -> Flow:
+        """Give the servers this version. They are to be ready for it, and no batch in the way, on all ranks.
 
-        Returns the bytes of all stages and the seconds from then on; on rank 0. Raises on every rank what failed on one.
+        Returns the bytes of all stages and the seconds; on rank 0. Raises on every rank what failed on one.
         """
-        with ExitStack() as stack:
-
-            def ready() -> None:
-                stack.enter_context(between_batches)
-                self._engine.wait_started()
-
-            for_rank_zero(ready)
-            started = time.perf_counter()
-            together(lambda: self._send(version))
-            return Flow(self._bytes, time.perf_counter() - started)
+        started = time.perf_counter()
+        together(lambda: self._send(version))
+        return Flow(self._bytes, time.perf_counter() - started)
 
     def _send(self, version: int) -> None:
         weights = self.export.stream()
@@ -128,11 +119,10 @@ class SharedWeights:
         described = together(lambda: [(name, tensor.to("meta")) for name, tensor in self._export()])
         self.layouts = lay_out(described, bucket_bytes)
 
-    def publish(self, version: int, between_batches: AbstractContextManager[None]) -> Flow:
+    def publish(self, version: int) -> Flow:
         """Give the servers this version; bytes of the weights, and seconds. Raises on every rank what failed on one."""
         started = time.perf_counter()
-        with between_batches:
-            together(lambda: self._send(version))
+        together(lambda: self._send(version))
         return Flow(sum(layout.nbytes for layout in self.layouts), time.perf_counter() - started)
 
     def _send(self, version: int) -> None:

@@ -4,7 +4,6 @@ Handles are names here; tests/gpu opens real ones.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -83,7 +82,7 @@ def publish(
     with patch.object(weights, "gpu_handle", handle):
         shared = SharedWeights(policy, BUCKET_BYTES, reader)
         try:
-            flow = shared.publish(7, nullcontext())
+            flow = shared.publish(7)
         except UserError as error:
             return str(error)
     whole = dict(export_hf_weights(policy))

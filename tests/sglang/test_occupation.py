@@ -49,7 +49,7 @@ async def update_turn(running: Rehearsal) -> None:
     await running.pool.occupation.resume_weights()
     assert all(server.memory in ({"weights"}, WHOLE) for server in living(running))
     await running.update()
-    await running.updates.wait_updated()
+    await running.updates.wait_settled()
     await running.pool.occupation.resume_cache()
 
 

@@ -11,7 +11,7 @@ from gtpo_megatron import train as loop
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.weights import outlets, transfer
-from gtpo_megatron.run import batches
+from gtpo_megatron.run import rounds
 from gtpo_megatron.run.run import Run
 from gtpo_megatron.trajectories.record import Trajectory
 
@@ -72,7 +72,7 @@ def train_with_a_transfer_that_garbles(config: RunConfig, update: int, rounding:
 def train_beside_rollout(config: RunConfig) -> int:
     """Train, but begin no update before the next batch has been sampled: with rollouts in turn this would never end."""
     sampled = {step: threading.Event() for step in range(1, config.training.steps)}
-    sample_share, train_on = batches.sample_share, loop.train_on
+    sample_share, train_on = rounds.sample_share, loop.train_on
 
     def told(*arguments: Any) -> list[Trajectory]:
         share = sample_share(*arguments)
@@ -88,7 +88,7 @@ def train_beside_rollout(config: RunConfig) -> int:
             )
         return train_on(run, *batch)
 
-    with patch.object(batches, "sample_share", told), patch.object(loop, "train_on", patient):
+    with patch.object(rounds, "sample_share", told), patch.object(loop, "train_on", patient):
         return loop.train(config)
 
 

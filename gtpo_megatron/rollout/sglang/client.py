@@ -16,6 +16,16 @@ from gtpo_megatron.rollout.protocol import SamplingParams
 from gtpo_megatron.trajectories.record import FinishReason
 
 TEXT_ANSWERS = ("/flush_cache", "/abort_request")
+# what is not confirmed has not happened: an answer of something else, in front of the server, must not pass for its own
+CONFIRMED = (
+    "/init_weights_update_group",
+    "/begin_weight_update",
+    "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
+    "/update_weights_from_disk",
+    "/update_weight_version",
+    "/end_weight_update",
+)
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -44,6 +54,9 @@ class ServerInfo:
 
     tensor: int
     weight_version: str
+    architectures: tuple[str, ...] = ()
+    dtype: str = "auto"
+    model_path: str = ""
 
 
 class Client:
@@ -69,7 +82,8 @@ class Client:
         """POST `body` (GET without one) and return the decoded answer; None where SGLang answers in prose.
 
         Raises:
-            ServerFault: no answer in time, a broken connection, a 5xx, or an answer that is not JSON.
+            ServerFault: no answer in time, a broken connection, a 5xx, an answer that is not JSON, or one that does not confirm what
+                it must (CONFIRMED).
             Refused: a 4xx.
         """
         method = "GET" if body is None else "POST"
@@ -88,9 +102,12 @@ class Client:
         if path.startswith(TEXT_ANSWERS):
             return None
         try:
-            return json.loads(content)
+            decoded = json.loads(content)
         except ValueError as error:
             raise ServerFault(f"{url}{path} answered what is not JSON: {content[:200]!r}") from error
+        if path in CONFIRMED and not (isinstance(decoded, dict) and decoded.get("success") is True):
+            raise ServerFault(f"{url}{path} answered garbage, and no success: {content[:200]!r}")
+        return decoded
 
     async def healthy(self, url: str, timeout_s: float) -> bool:
         """Whether the server (or the router) says that it is ready."""
@@ -101,12 +118,18 @@ class Client:
             return False
 
     async def info(self, url: str, timeout_s: float = 30.0) -> ServerInfo:
-        """Tensor parallelism and weight version."""
+        """Tensor parallelism, weight version and model."""
         answer = await self.call(url, "/server_info", None, timeout_s)
         model = await self.call(url, "/model_info", None, timeout_s)
         try:
-            return ServerInfo(int(answer["tp_size"]), str(model["weight_version"]))
-        except (KeyError, TypeError, ValueError) as error:
+            return ServerInfo(
+                int(answer["tp_size"]),
+                str(model["weight_version"]),
+                tuple(model.get("architectures") or ()),
+                str(answer.get("dtype") or "auto"),
+                str(model.get("model_path") or ""),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ServerFault(
                 f"{url}/server_info lacks tp_size or weight_version: {str(answer)[:200]}"
             ) from error

@@ -22,7 +22,8 @@ from gtpo_megatron.rollout.protocol import Group, NamedTensor, PromptRequest, Sa
 from gtpo_megatron.rollout.sglang.audit.survey import differences, scores
 from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.sampling import Job, Sampler
-from gtpo_megatron.rollout.sglang.servers.launch import Device, make_launch, resolve_key
+from gtpo_megatron.rollout.sglang.servers.launch import DTYPES, Device, make_launch, resolve_key
+from gtpo_megatron.rollout.sglang.servers.model import ServedModel
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
 from gtpo_megatron.rollout.sglang.servers.states import Timing
 from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Layout, Snapshot, fill, pack
@@ -106,6 +107,7 @@ class SGLangEngine:
                     timing.collective_s,
                 ),
                 timing,
+                ServedModel.at(model_path, DTYPES[dtype]),
             )
             await pool.start()
             return pool
@@ -156,7 +158,7 @@ class SGLangEngine:
         except BaseException:
             self._run(give_up(self._stages, self._updates, relays))
             raise
-        self._run(self._pool.updates.wait_updated())
+        self._run(self._pool.updates.wait_for_quorum())
         self.version = version
 
     def _replace_weights(

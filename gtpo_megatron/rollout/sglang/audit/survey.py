@@ -94,7 +94,7 @@ async def _of_every_server(pool: Pool, ask: Callable[[list[Worker]], Awaitable[A
     answers: dict[str, T] = {}
     fault = "none stayed ready"
     for _ in range(pool.timing.attempts):
-        await pool.updates.wait_updated()
+        await pool.updates.wait_settled()
         faults = []
         for url, answer in (await ask([w for w in pool.fleet.ready if w.url not in answers])).items():
             if isinstance(answer, Refused):

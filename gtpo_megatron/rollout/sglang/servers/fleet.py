@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import ServerFault
+from gtpo_megatron.rollout.sglang.servers.places import Places
 from gtpo_megatron.rollout.sglang.servers.router import Router
 from gtpo_megatron.rollout.sglang.servers.states import WHOLE, Part, State, Worker
 
 T = TypeVar("T")
-AFFINITY = 8  # completions of a group stay together, for the prefix cache, up to this much imbalance
 
 
 class Fleet:
@@ -28,7 +28,9 @@ class Fleet:
         self.allowed: frozenset[Part] = WHOLE  # what of their memory servers may hold now
         self.router = router
         self.failure: BaseException | None = None
+        self.shortage = ""  # while an update waits for its quorum: how many servers are missing
         self._config = config
+        self._places = Places(config.concurrency)
         self._waiters: deque[tuple[asyncio.Future[Worker], Worker | None]] = deque()
         self._ready_at = asyncio.get_running_loop().time()
 
@@ -45,7 +47,10 @@ class Fleet:
 
     def move(self, worker: Worker, state: State, reason: str) -> None:
         """Change a worker's state; who waits for a ready one is served."""
+        was_ready = worker.state == "ready"
         worker.move(state, reason)
+        if was_ready != (state == "ready"):
+            (self._places.close if was_ready else self._places.open)(worker)
         self.dispatch()
 
     def suspect(self, worker: Worker, reason: str) -> None:
@@ -96,7 +101,7 @@ class Fleet:
 
     def release(self, worker: Worker) -> None:
         """Give a place back."""
-        worker.inflight -= 1
+        self._places.give_back(worker)
         self.dispatch()
 
     def dispatch(self) -> None:
@@ -121,9 +126,20 @@ class Fleet:
                 self._fail_waiters(self.no_server())
             await asyncio.sleep(0.2)
 
+    def note_shortage(self) -> str:
+        """How many servers a quorum lacks (rollout.sglang.quorum), kept in `shortage`; "" where there are enough."""
+        ready, needed = len(self.ready), self._config.needed(len(self.workers))
+        self.shortage = (
+            f"{ready} of {len(self.workers)} servers hold the current weights, {needed} are needed "
+            f"(rollout.sglang.quorum: {self._config.quorum})"
+            if ready < needed
+            else ""
+        )
+        return self.shortage
+
     def troubles(self) -> list[str]:
-        """A line for each server that cannot be sampled from."""
-        return [
+        """How many servers are waited for, and a line for each that cannot be sampled from."""
+        return [self.shortage] * bool(self.shortage) + [
             f"{w.url or f'server {w.index}'}: {w.state}, {w.reason}"
             + (f"; before that: {w.trouble}" if w.trouble not in ("", w.reason) else "")
             for w in self.workers
@@ -131,22 +147,16 @@ class Fleet:
         ]
 
     def no_server(self) -> UserError:
-        """The error of a run without servers."""
+        """The error of a run without servers, or without its quorum of them."""
         reasons = "\n".join(f"  {line}" for line in self.troubles())
+        few = "too few SGLang servers have" if self.ready else "no SGLang server has"
         return UserError(
-            "no SGLang server has been usable for "
+            f"{few} been usable for "
             f"{self._config.no_server_timeout_s:g} s (rollout.sglang.no_server_timeout_s):\n{reasons}"
         )
 
     def _pick(self, preferred: Worker | None) -> Worker | None:
-        free = [w for w in self.ready if w.inflight < self._config.concurrency] if self.gate_open else []
-        if not free:
-            return None
-        worker = min(free, key=lambda w: w.inflight)
-        if preferred in free and preferred is not None and preferred.inflight <= worker.inflight + AFFINITY:
-            worker = preferred
-        worker.inflight += 1
-        return worker
+        return self._places.take(preferred) if self.gate_open else None
 
     def _fail_waiters(self, error: BaseException) -> None:
         while self._waiters:

@@ -12,6 +12,7 @@ from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.launch import Launch, end_all, first_gpu
+from gtpo_megatron.rollout.sglang.servers.model import ServedModel
 from gtpo_megatron.rollout.sglang.servers.occupation import Occupation
 from gtpo_megatron.rollout.sglang.servers.router import Router
 from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
@@ -33,6 +34,7 @@ class Pool:
         client: Client,
         link: Link,
         timing: Timing,
+        model: ServedModel | None = None,
     ) -> None:
         self.config = config
         self.timing = timing
@@ -41,7 +43,7 @@ class Pool:
         self.fleet = Fleet(config, self.router)
         self.updates = Updates(self.fleet, client, link, config, timing)
         self.occupation = Occupation(self.fleet, self.updates, client, timing)
-        self._supervision = Supervision(self.fleet, self.updates, client, launch, config, timing)
+        self._supervision = Supervision(self.fleet, self.updates, client, launch, config, timing, model)
         self._tasks: dict[object, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
@@ -62,13 +64,16 @@ class Pool:
         """Wait until every server answers; of those that register themselves, until one does.
 
         Raises:
-            UserError: a server ended twice, or did not answer within start_timeout_s; with the end of its log.
+            UserError: a server serves another model, ended twice, or did not answer within start_timeout_s; with the end of its
+                log.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.config.start_timeout_s
         while (waiting := [w for w in self.fleet.workers if not w.ever_up]) or not self.fleet.workers:
             if self.fleet.failure is not None:
                 raise self.fleet.failure
+            if misfits := [w.misfit for w in waiting if w.misfit]:
+                raise UserError("\n".join(misfits))
             if self.config.urls_dir and len(waiting) < len(self.fleet.workers):
                 return
             if not waiting and clock() > deadline:
@@ -91,6 +96,7 @@ class Pool:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self.updates.restoration.close()
         await self.updates.link.close()
         processes = [w.process for w in self.fleet.workers if w.process]
         if self.router is not None and self.router.process is not None:

@@ -41,6 +41,7 @@ class Timing:
     control_s: float = 60.0  # for a call that moves no weights: pause, go on, flush
     transfer_s: float = 600.0  # for one call that does
     collective_s: float = COLLECTIVE_S  # for the broadcast of one bucket, and for joining its group
+    gather_s: float = 1.0  # after a server has become stale, for others to be restored with it
     backoff_s: float = 1.0  # before a second restart; doubles
     backoff_max_s: float = 60.0
     attempts: int = 6  # failures of one request, on whatever servers, before the run stops
@@ -65,6 +66,7 @@ class Worker:
     checking: bool = False  # its health is asked for, by a request that it samples
     reason: str = "is starting"
     trouble: str = ""  # why it was last taken out
+    misfit: str = ""  # how what it serves is not the policy
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 

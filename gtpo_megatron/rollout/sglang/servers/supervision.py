@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from gtpo_megatron.config import SGLangConfig
-from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
+from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault, ServerInfo
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.launch import Launch
+from gtpo_megatron.rollout.sglang.servers.model import OtherModel, ServedModel
 from gtpo_megatron.rollout.sglang.servers.states import WHOLE, State, Timing, Worker
 from gtpo_megatron.rollout.sglang.servers.updates import Updates
 
@@ -22,9 +23,11 @@ class Supervision:
         launch: Launch | None,
         config: SGLangConfig,
         timing: Timing,
+        model: ServedModel | None,
     ) -> None:
         self._fleet, self._updates, self._client = fleet, updates, client
         self._launch, self._config, self._timing = launch, config, timing
+        self._model = model  # that servers must serve; None: whatever they do
 
     async def supervise(self, worker: Worker) -> None:
         """Do what the worker's state asks for, again and again. Never returns."""
@@ -91,13 +94,25 @@ class Supervision:
 
     async def _admit(self, worker: Worker) -> None:
         """Decide by the weights that a well server holds whether it may be sampled from."""
-        info = await self._client.info(worker.url, self._timing.health_timeout_s)
+        info = await self._fitting(worker)
         worker.ranks = info.tensor
         tag = self._fleet.tag
         if tag is not None and info.weight_version == tag == worker.tag:
             self._fleet.move(worker, "ready", "")
         else:
             self._fleet.move(worker, "stale", f"holds the weights {info.weight_version}")
+
+    async def _fitting(self, worker: Worker) -> ServerInfo:
+        """What a server says of itself, which must be that it serves the policy's model."""
+        info = await self._client.info(worker.url, self._timing.health_timeout_s)
+        worker.misfit = ""
+        if self._model is not None:
+            try:
+                self._model.check(worker.url, info)
+            except OtherModel as fault:
+                worker.misfit = str(fault)
+                raise
+        return info
 
     async def _examine(self, worker: Worker) -> None:
         """A request failed: is the server well? Repeated faults of a server that says so count as well.
@@ -120,8 +135,9 @@ class Supervision:
         self._fleet.lose(worker, f"does not answer {worker.url}/health ({worker.reason})")
 
     async def _refresh(self, worker: Worker) -> None:
-        if self._updates.can_restore:
-            await self._updates.restore(worker)
+        if self._updates.restoration.possible:
+            await self._fitting(worker)  # it may be another process than the one that was admitted
+            await self._updates.restoration.bring(worker)
         else:
             await self._watch(worker)
 
