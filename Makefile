@@ -5,7 +5,7 @@
 #   TIER=all         `make test` with the soak tier (random kills, 30 s cuts), the numeric tests by plain instructions, and the
 #                    tests of policies on ranks with Transformer Engine's layers over stand-ins
 #   PAIR=next        `make test` of what depends on Megatron's version, with the pins of Python 3.12, in .venv-next
-#   WORKERS=...      how many processes `make test` runs tests in; 0: in its own
+#   WORKERS=...      how many processes `make test` runs tests in, one more than it needs cores; 0: in its own
 #   KILLS=...        how often `make chaos` kills
 #   FAULTS=...       how many faults `make soak` injects; `make slurm-chaos` has 20
 #   SEED=...         what `make fuzz` tries
@@ -19,13 +19,13 @@ TESTS ?= tests
 TIER ?=
 PAIR ?=
 # what depends on Megatron-Core, Megatron-Bridge and transformers: model, step, checkpoints, layouts, a run end to end
-PAIR_TESTS := tests/policy tests/parallel tests/te tests/test_train.py::test_a_run_writes_what_it_did \
-  tests/test_train.py::test_a_run_goes_on_where_it_ended
+PAIR_TESTS := tests/policy tests/parallel tests/te tests/train/test_run.py::test_a_run_writes_what_it_did \
+  tests/train/test_run.py::test_a_run_goes_on_where_it_ended
 # whose results are sums of floats: with torch's plain kernels the sums run in another order
 NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_model.py tests/rollout/test_embedded.py
 # whose policies on gloo ranks are built of Transformer Engine's layers as well, over stand-ins of its kernels
 LAYERS_TESTS := tests/policy tests/parallel
-WORKERS ?= 2
+WORKERS ?= 3
 # groups of tests to a process, in the order of tests/conftest.py
 PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
 KILLS ?= 20

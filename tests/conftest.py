@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from gtpo_megatron.commands.imports import importing
 from tests.parallel.pool import DetachedPool, RankPool
 
 # What a machine of continuous integration may lack; a skip for any other reason fails there (CI=true).
@@ -39,8 +40,14 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with importing():
+        return (yield)
+
+
 # Rooms whose tests share a costly thing: each runs in one process (pytest-xdist), the longest first.
-ROOMS = ("slurm", "sglang")
+ROOMS = ("slurm", "sglang", "te")
 TESTS = Path(__file__).parent
 
 

@@ -46,6 +46,17 @@ def run_training(config: RunConfig) -> int | str:
         return str(error)
 
 
+def run_checked(config: RunConfig) -> int | str:
+    """As `run_training`, after the checks that the command line makes of a run in one process."""
+    from gtpo_megatron.plan.checks import check_run
+
+    try:
+        check_run(config, 1)
+    except UserError as error:
+        return str(error)
+    return run_training(config)
+
+
 def run_counting_policies(config: RunConfig) -> tuple[int | str, int]:
     """The exit code, and how many policies the run has built."""
     from gtpo_megatron.run import run as module

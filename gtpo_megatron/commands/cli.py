@@ -22,6 +22,7 @@ from gtpo_megatron.commands.compare import compare
 from gtpo_megatron.commands.convert import convert_app
 from gtpo_megatron.commands.evaluate import EPILOG as EVALUATE_EPILOG
 from gtpo_megatron.commands.evaluate import evaluate
+from gtpo_megatron.commands.imports import importing
 from gtpo_megatron.commands.plan import EPILOG as PLAN_EPILOG
 from gtpo_megatron.commands.plan import plan
 from gtpo_megatron.commands.replay import EPILOG as REPLAY_EPILOG
@@ -108,9 +109,10 @@ def train(
     if dry_run:
         _dry_run(config, world_size)
         return
-    check_run(config, _env_world_size() or 1)
-    from gtpo_megatron import rollcall
-    from gtpo_megatron.train import train as run_training
+    with importing():
+        check_run(config, _env_world_size() or 1)  # a mistake is said before the larger part is loaded
+        from gtpo_megatron import rollcall
+        from gtpo_megatron.train import train as run_training
 
     # not before: loading torch's libraries from a slow file system may keep Python still for minutes
     give_pulse(os.environ)
@@ -249,7 +251,8 @@ def _dry_run(config: RunConfig, world_size: int | None) -> None:
 
     world = world_size or _env_world_size() or smallest_world(config.parallel)
     absent = absent_parts(config)
-    shape = check_run(config, world, without=absent)
+    with importing():
+        shape = check_run(config, world, without=absent)
     if _rank() == 0:
         typer.echo(to_yaml(config))
         print_layout(config, shape, world, Console())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gtpo_megatron.commands.imports import importing
 from gtpo_megatron.config import ParallelConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.plan.conversion import check_output, check_source
@@ -69,7 +70,8 @@ def convert(
         raise typer.Exit(0)
     for checkpoint in verify_only:
         check_source(checkpoint)
-    from gtpo_megatron.policy.exchange import convert as conversion
+    with importing():
+        from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
     proof = conversion.verify_only(*verify_only, parallel, logits=logits)
@@ -91,7 +93,8 @@ def hf_to_megatron(
     """Write a Hugging Face directory as a Megatron checkpoint (megatron.core.dist_checkpointing)."""
     check_source(source, "hf")
     check_output(output)
-    from gtpo_megatron.policy.exchange import convert as conversion
+    with importing():
+        from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
     _report(conversion.hf_to_megatron(source, output, parallel, dtype.value, logits=logits), output)
@@ -113,7 +116,8 @@ def megatron_to_hf(
     """Write a Megatron checkpoint, of a training run or of a conversion, as a Hugging Face directory."""
     check_source(source, "megatron")
     check_output(output)
-    from gtpo_megatron.policy.exchange import convert as conversion
+    with importing():
+        from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
     proof = conversion.megatron_to_hf(
@@ -137,7 +141,8 @@ def reshard(
     """
     check_source(source, "megatron")
     check_output(output)
-    from gtpo_megatron.policy.exchange import convert as conversion
+    with importing():
+        from gtpo_megatron.policy.exchange import convert as conversion
 
     parallel = _start(tensor, pipeline, expert)
     _report(conversion.reshard(source, output, parallel, logits=logits), output)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gtpo_megatron.commands.arguments import Recipe, Settings
+from gtpo_megatron.commands.imports import importing
 from gtpo_megatron.config import RunConfig
 
 EPILOG = (
@@ -56,7 +57,8 @@ def evaluate(
             typer.echo(line, err=True)
 
     say(scored(config))
-    from gtpo_megatron.evaluation.offline import evaluate_suites
+    with importing():
+        from gtpo_megatron.evaluation.offline import evaluate_suites
 
     directory, results = evaluate_suites(config, suites, output, say)
     if main:

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gtpo_megatron.commands.imports import importing
+
 EPILOG = (
     "Examples:\n\ngtpo-megatron replay runs/quickstart --step 1\n\n"
     "gtpo-megatron replay runs/quickstart --step 12 --json > step-12.json   # for a bug report"
@@ -29,8 +31,9 @@ def replay(
 
     Exit code 0: within the tolerance; 1: beyond.
     """
-    from gtpo_megatron.replay.replay import Replay
-    from gtpo_megatron.replay.replay import replay as run_replay
+    with importing():
+        from gtpo_megatron.replay.replay import Replay
+        from gtpo_megatron.replay.replay import replay as run_replay
 
     def show(found: Replay) -> None:
         table = Table(title=f"step {found.step}, {len(found.completions)} completions", title_justify="left")

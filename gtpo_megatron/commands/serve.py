@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gtpo_megatron.commands.arguments import Recipe, Settings
+from gtpo_megatron.commands.imports import importing
 
 EPILOG = "Example: gtpo-megatron serve RECIPE.yaml rollout.sglang.urls_dir=runs/x/servers rollout.sglang.api_key=env:KEY"
 
@@ -33,7 +34,9 @@ def serve(
     from gtpo_megatron.config.loading import load_recipe
     from gtpo_megatron.machine.probe import this_machine
     from gtpo_megatron.run.logs import logging_to
-    from gtpo_megatron.run.serve import serve as keep
+
+    with importing():
+        from gtpo_megatron.run.serve import serve as keep
 
     config = load_recipe(recipe, settings or [])
     host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()

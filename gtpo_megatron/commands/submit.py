@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gtpo_megatron.commands.arguments import Recipe, Settings
+from gtpo_megatron.commands.imports import importing
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
 
@@ -240,6 +241,7 @@ def check_allocation(config: RunConfig, job: "Job", capability: float) -> None:
     major, minor = str(capability).split(".")
     machine = Machine((int(major), int(minor)) if gpu else None, gpu, job.gpus_per_node, job.ranks_per_node)
     try:
-        check_run(config, job.ranks, machine)
+        with importing():
+            check_run(config, job.ranks, machine)
     except UserError as error:
         raise UserError(f"for {job.nodes} nodes x {job.ranks_per_node} ranks: {error}") from None

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,11 +18,27 @@ _CPU = torch.device("cpu")
 
 def install() -> None:
     """Lead CUDA to the CPU for the life of the process."""
+    _import_without_the_compiler()
     _redirect_streams()
     _redirect_random_state()
     CudaToCpu().__enter__()
     _keep_counts_on_host()
     _offload_from_the_host()
+
+
+def _import_without_the_compiler() -> None:
+    """Import Megatron-Core with `torch.compile` idle.
+
+    It marks its fused kernels for the compiler, and the local layers call none of them; the mark alone loads Inductor, a
+    sixth of the seconds that a rank needs to start.
+    """
+    with patch.object(torch, "compile", _as_it_is):
+        import megatron.core.jit  # noqa: F401  keeps what it finds, for all that is imported later
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, called or as a decorator with options, that compiles nothing."""
+    return _as_it_is if function is None else function
 
 
 class CudaToCpu(TorchFunctionMode):

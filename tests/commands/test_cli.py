@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, messages, dry run, torchrun's environment."""
 
+import gc
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 from gtpo_megatron import __version__
 from gtpo_megatron.commands.arguments import complete_setting
 from gtpo_megatron.commands.cli import GRACE_S, app, main
+from gtpo_megatron.commands.imports import importing
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.config.loading import load_config
 from gtpo_megatron.errors import UserError
@@ -52,6 +54,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def test_garbage_is_collected_again_after_an_import_whether_or_not_it_succeeds() -> None:
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> None:

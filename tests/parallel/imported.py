@@ -2,15 +2,23 @@
 
 import os
 
+from gtpo_megatron.commands.imports import importing
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch
+with importing():
+    import torch
 
-torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
-from gtpo_megatron.policy import platform  # noqa: E402
+    from gtpo_megatron.policy import platform
 
-platform.install()
+    platform.install()
 
-import gtpo_megatron.policy.checkpoint.checkpointer  # noqa: E402
-import gtpo_megatron.policy.optimizer  # noqa: E402, F401
+    import matplotlib.backends.backend_agg  # noqa: F401  a run draws when it ends
+    import pyarrow
+
+    pyarrow.array([0])  # imports pandas, if it is installed
+
+    import gtpo_megatron.policy.checkpoint.checkpointer
+    import gtpo_megatron.train  # noqa: F401

@@ -1,8 +1,10 @@
 """What one rank does in a layout test: build, one GTPO step, and hand back the loss, gradients and updated weights."""
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 
@@ -56,17 +58,44 @@ def run_layout(
 
     In float64, for which Megatron has no optimizer, the weights are not updated.
     """
+    with fp32_in(float64):
+        return _run_layout(checkpoint, parallel, training, algorithm, distributed_optimizer, float64, layers)
+
+
+def fp32_in(float64: bool) -> AbstractContextManager[object]:
+    """Inside, a policy of dtype fp32 is one of float64. Not after: the process runs other tests' jobs as well."""
     import torch
+
+    from gtpo_megatron.policy import model
+
+    return patch.dict(model.DTYPES, fp32=torch.float64 if float64 else torch.float32)
+
+
+def fp32_is() -> str:
+    """What a policy of dtype fp32 would be made of in this process."""
+    from gtpo_megatron.policy import model
+
+    return str(model.DTYPES["fp32"])
+
+
+def _run_layout(
+    checkpoint: Path,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    algorithm: AlgorithmConfig,
+    distributed_optimizer: bool,
+    float64: bool,
+    layers: Literal["auto", "transformer_engine"],
+) -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    from gtpo_megatron.policy import model, platform
+    from gtpo_megatron.policy import platform
     from gtpo_megatron.policy.model import build_policy, export_hf_weights, initialize_parallel, world_rank
     from gtpo_megatron.policy.objective import BatchConstants, make_objective
     from gtpo_megatron.policy.optimizer import apply_update, build_optimizer
     from gtpo_megatron.policy.seen import TokenWatch
     from gtpo_megatron.policy.step import deal, forward_backward, score
 
-    model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
     initialize_parallel(parallel, seed=0)
     policy = build_policy(
         ModelConfig(path=str(checkpoint), dtype="fp32", layers=layers),

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ THREADS = 150
 IMPORTED = "tests.parallel.imported"  # by the process that workers are forked from
 
 
+def imported_context(imported: str = IMPORTED) -> BaseContext:
+    """Starts processes that have imported torch and Megatron-Core: by a fork, in 0.1 s, where a spawned one needs 7 s.
+
+    On a machine with GPUs it spawns them, since a forked process cannot use a GPU that its parent has seen.
+    """
+    if os.path.exists("/dev/nvidiactl"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([imported])
+    return context
+
+
 class RankPool:
     """`run(world_size, function, *args)` calls a module-level function on that many ranks and returns their results.
 
@@ -30,11 +43,7 @@ class RankPool:
 
     def __init__(self, prepare: Callable[[], None] | None = None, imported: str = IMPORTED) -> None:
         self._prepare = prepare
-        # a spawned worker imports for 7 s; a forked one cannot use a GPU that its parent has seen
-        spawn = prepare is not None or os.path.exists("/dev/nvidiactl")
-        self._context = multiprocessing.get_context("spawn" if spawn else "forkserver")
-        if not spawn:
-            self._context.set_forkserver_preload([imported])
+        self._context = multiprocessing.get_context("spawn") if prepare else imported_context(imported)
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

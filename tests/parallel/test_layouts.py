@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gtpo_megatron.config import AlgorithmConfig, GateConfig, ParallelConfig, TrainingConfig
-from tests.parallel.layout_job import LEARNING_RATE, run_layout
+from tests.parallel.layout_job import LEARNING_RATE, fp32_is, run_layout
 from tests.parallel.pool import RankPool
 from tests.tiny_models import make_tiny_checkpoint
 
@@ -76,6 +76,8 @@ def test_layout_equals_one_process_in_float64(
 ) -> None:
     world, parallel, options = LAYOUTS[layout]
     compare(ranks, checkpoint("qwen3"), world, parallel, options, float64=True)
+    # these processes train other tests' policies next, which once were of float64 without a word
+    assert ranks.run(world, fp32_is) == ["torch.float32"] * world
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen2_tied"])

@@ -18,7 +18,7 @@ from gtpo_megatron.plan.facts import efficiency, find_gpu
 from gtpo_megatron.plan.layout import rank_parameters, rank_state_bytes
 from gtpo_megatron.plan.lora import adapter_parameters, target_sizes
 from gtpo_megatron.run.identity import check_directory
-from tests.plan.test_checks import CPU
+from tests.plan.checking import CPU
 
 ROOT = Path(__file__).parents[2]
 RANK = 4

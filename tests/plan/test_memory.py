@@ -1,6 +1,6 @@
 """Activations against a real model's saved tensors; what a stage holds; parts of a rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,14 +33,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[family]
 
     return make
-
-
-@pytest.fixture
-def ranks() -> Iterator[RankPool]:
-    """Processes of their own. In one that other tests had used before, everything was once counted twice; why is not known."""
-    pool = RankPool()
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize(

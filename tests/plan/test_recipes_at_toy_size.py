@@ -2,14 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gtpo_megatron.config.loading import load_config
 from tests.paper_recipes import STEPS, paper_files, write_toy_overlay
+from tests.parallel.pool import RankPool
+from tests.training_jobs import run_checked
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids="-".join,
 )
-def test_a_run_of_the_paper_trains_at_toy_size(toy: Path, names: list[str]) -> None:
+def test_a_run_of_the_paper_trains_at_toy_size(ranks: RankPool, toy: Path, names: list[str]) -> None:
     files = [*paper_files(*names), toy]
     overrides = ["model.lora.rank=8"] if "lora" in names else []  # 64 is above the toy's width
     config = load_config(files, overrides)
-    command = [sys.executable, "-m", "gtpo_megatron", "train", *map(str, files), *overrides]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert ended.returncode == 0, ended.stderr
+    assert ranks.run(1, run_checked, config) == [0]
     metrics = [json.loads(line) for line in (config.path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert len(losses) == STEPS and all(map(math.isfinite, losses))

@@ -21,6 +21,7 @@ from gtpo_megatron.policy.model import Policy, build_policy, initialize_parallel
 from gtpo_megatron.policy.objective import Objective, Report  # noqa: E402
 from gtpo_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from gtpo_megatron.policy.step import forward_backward, pack, token_logprobs  # noqa: E402
+from tests.parallel.layout_job import fp32_in  # noqa: E402
 from tests.policy.training import batch, checkpointer, start, state, steps  # noqa: E402
 
 TEMPERATURE = 0.7
@@ -38,15 +39,10 @@ def own_adapters(policy: Policy) -> dict[str, np.ndarray]:
 
 def passes(config: RunConfig, float64: bool = False) -> dict[str, Any]:
     """Logprobs with and without adapters, and a pass's loss and adapter gradients."""
-    from gtpo_megatron.policy import model
-
-    model.DTYPES["fp32"] = torch.float64 if float64 else torch.float32
-    try:
+    with fp32_in(float64):
         initialize_parallel(config.parallel, config.training.seed)
         policy = build_policy(config.model, config.parallel, config.training)
         return _passes(config, policy)
-    finally:
-        model.DTYPES["fp32"] = torch.float32
 
 
 def _passes(config: RunConfig, policy: Policy) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from gtpo_megatron.config import ModelConfig, ParallelConfig, TrainingConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.machine import probe
 from gtpo_megatron.policy import platform
+from tests.parallel.pool import imported_context
 
 platform.install()
 
@@ -82,6 +85,18 @@ def test_a_transformer_engine_that_cannot_be_imported_is_refused_before_megatron
     for _ in range(2):  # it is no better the second time
         with pytest.raises(UserError, match=r"pip uninstall transformer-engine; or, for GPUs, pip install"):
             platform.install()
+
+
+def modules() -> set[str]:
+    """What this process has imported."""
+    return set(sys.modules)
+
+
+def test_without_cuda_a_rank_starts_without_the_compiler() -> None:
+    with ProcessPoolExecutor(1, mp_context=imported_context()) as pool:
+        found = pool.submit(modules).result()
+    assert {"gtpo_megatron.train", "megatron.core.fusions.fused_bias_swiglu"} <= found
+    assert platform.HAS_CUDA or "torch._inductor.compile_fx" not in found
 
 
 @pytest.mark.parametrize(("deterministic", "value"), [(True, "0"), (False, "1")])

@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,32 +25,41 @@ def evidence() -> ModuleType:
     return module
 
 
-def tool(name: str, folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a program of tools/ in tmp_path and in this process, which has imported all; what it and its children say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the runs that it starts
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+    def call(name: str, *arguments: str) -> str:
+        path = str(ROOT / "tools" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, capfd.readouterr()
+        return capfd.readouterr().out
+
+    return call
 
 
-def test_from_nothing_to_a_page(tmp_path: Path) -> None:
+def test_from_nothing_to_a_page(tmp_path: Path, tool: Callable[..., str]) -> None:
     """One start policy, two arms, one seed; the same command leaves what is complete alone."""
-    tool("make_evidence", tmp_path, "runs/evidence-inputs")
+    tool("make_evidence", "runs/evidence-inputs")
     short = ["training.steps=3", "optimizer.warmup_steps=1"]
-    tool("evidence", tmp_path, "run", "--sweep", "evidence-start", "--only", "start-sums", *short)
+    tool("evidence", "run", "--sweep", "evidence-start", "--only", "start-sums", *short)
     two = ["run", "--sweep", "evidence-sums", "--only", "po-seed100", "--jobs", "2", *SHORT]
-    tool("evidence", tmp_path, *two)
-    assert "2 of 2 runs are complete already" in tool("evidence", tmp_path, *two)
+    tool("evidence", *two)
+    assert "2 of 2 runs are complete already" in tool("evidence", *two)
     spent = json.loads((tmp_path / "runs" / "evidence-cost.json").read_text())
     assert spent["evidence-start"] > 0 and spent["evidence-sums"] > 0
 
-    said = tool("evidence", tmp_path, "collect", "--results", "results", *SHORT)
+    said = tool("evidence", "collect", "--results", "results", *SHORT)
     assert "evidence-sums: 2 of 88 runs are complete" in said
-    tool("evidence", tmp_path, "render", "--results", "results", "--output", "page.md")
+    tool("evidence", "render", "--results", "results", "--output", "page.md")
     assert (tmp_path / "results" / "evidence-sums.png").stat().st_size > 10_000
     (results,) = (tmp_path / "results").glob("*.json")
     assert json.loads(results.read_text())["arms"].keys() == {"gtpo", "grpo"}
