@@ -194,6 +194,10 @@ class VirtualSlurm:
         self._ask(f"off {node}")
         del self._nodes[node]
 
+    def fabric_address(self, node: str) -> str:
+        """Of its eth1."""
+        return f"{FABRIC}.{10 + self.nodes.index(node) + 1}"
+
     def pull_cable(self, node: str) -> None:
         """Of the node's eth1: the interface keeps its address, and nothing comes through."""
         self.run("ip", "link", "set", _cable(node, "eth1"), "down")
