@@ -292,7 +292,6 @@ def sum_of_two(
 
     store.set_timeout(limit)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
         group: dist.ProcessGroup = dist.ProcessGroupNCCL(store, rank, 2, options)
