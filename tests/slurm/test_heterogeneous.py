@@ -84,8 +84,10 @@ def test_both_components_are_screened_signalled_and_requeued_together(
 @pytest.mark.sglang
 @pytest.mark.soak
 def test_a_run_with_a_real_server_is_stopped_and_goes_on(
-    cluster: VirtualSlurm, recipe: Path, sglang_python: str, submit: Callable[..., str]
+    cluster: VirtualSlurm, recipe: Path, site: Path, sglang_python: str, submit: Callable[..., str]
 ) -> None:
+    """Two ranks a node, TP2 x DP2."""
+    site.write_text(site.read_text().replace("ranks_per_node: 1", "ranks_per_node: 2"))
     (recipe.parent / "runs").mkdir()
     run = recipe.parent / "runs" / "small"
     hold(run, 2)
@@ -106,5 +108,6 @@ def test_a_run_with_a_real_server_is_stopped_and_goes_on(
     assert cluster.wait_for_job(f"{job_id}+1")["Restarts"] == "1"
     assert [how for *_, how in ended(run)] == ["3", "0"]
     assert last_line(run, job_id).endswith("END complete at step 6")
+    assert len(list((run / "attempts/2").glob("rank-*.log"))) == 4
     check_served(run, 6)
     assert registered_urls(run) == []

@@ -185,6 +185,17 @@ class VirtualSlurm:
             there = [*_enter(self._nodes[node]), *there]
         return [*_enter(self._login.pid), *there]
 
+    @contextlib.contextmanager
+    def process(self, *command: str, node: str) -> Iterator[None]:
+        """A process on a node that has said a line, until the end of this context, when its input ends and it should as well."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started = subprocess.Popen(self.command(*command, node=node), text=True, **pipes)
+        try:
+            assert started.stdout.readline(), f"{command} ended"
+            yield
+        finally:
+            started.communicate(timeout=30)
+
     def power_on(self, node: str) -> None:
         """Start a node."""
         self._nodes[node] = int(self._ask(f"on {node}"))
