@@ -81,32 +81,20 @@ servers_key() {
 # second's, the servers', in $fit_servers. Where they are too few, the job is requeued without those that are unfit, unless all
 # are: that is a mistake in what they share. PYTHON: the interpreter, after what srun needs for it.
 screen_nodes() {
-  local spares=$1 limit=$2 folder=$attempt_dir/screen nodes=() of=() node unfit=() first="" token i meet sizes=()
-  local -A verdict=() cut=() group=()
+  local spares=$1 limit=$2 folder=$attempt_dir/screen nodes=() of node unfit=() first="" token i sizes=()
+  local -A verdict=() cut=() component=()
   shift 2
   for i in 0 1; do
     mapfile -t of < <(nodes_of_component "$i")
     sizes+=("${#of[@]}") nodes+=("${of[@]}")
-    for node in "${of[@]}"; do group[$node]=$i; done
+    for node in "${of[@]}"; do component[$node]=$i; done
   done
-  mkdir -p "$folder"
-  token=${SLURM_JOB_ID:-none}.$$.$RANDOM
-  echo "$token" >"$folder/.token"
-  meet=${nodes[0]}:$((20000 + 7 * ${SLURM_JOB_ID:-0} % 10000)) # as in gtpo_megatron/cluster/ranks.py, for step 0
-  (for i in 0 1; do
-     if [ "${sizes[i]}" = 0 ]; then continue; fi
-     of=("--nodes=${sizes[i]}" "--ntasks=${sizes[i]}" --ntasks-per-node=1 --kill-on-bad-exit=0 "--wait=$((120 + limit + 30))")
-     if [ -n "${SLURM_HET_SIZE:-}" ]; then of+=("--het-group=$i"); fi
-     srun "${of[@]}" "$@" -m gtpo_megatron.machine.screen "$folder" "$token" --limit "$limit" --meet "$meet" \
-       --nodes "${#nodes[@]}" 2>>"$attempt_dir/screen.err" &
-   done
-   wait) | while read -r line; do printf '%(%s)T %s\n' -1 "$line"; done >"$attempt_dir/screen.log" &
-  wait_for "$!"
+  ask_nodes "$@"
   read_verdicts
   leave_broken_links
   for node in "${nodes[@]}"; do
     if [ "${verdict[$node]-}" = ok ]; then
-      if [ "${group[$node]}" = 0 ]; then fit+=("$node"); else fit_servers+=("$node"); fi
+      if [ "${component[$node]}" = 0 ]; then fit+=("$node"); else fit_servers+=("$node"); fi
     else
       unfit+=("$node")
       if [ -z "${verdict[$node]-}" ]; then verdict[$node]="no answer: $(grep -m 1 -F " $node: " "$attempt_dir/screen.err")"; fi
@@ -129,6 +117,24 @@ screen_nodes() {
   if ! can_do_without "$avoid"; then end_job 2 "mistake: $first_end; Slurm has too few nodes without $avoid: not requeued"; fi
   step_code=unfit
   end_attempt "$retries"
+}
+
+# Of screen_nodes: a step on each component, a task a node; what the nodes answer is in $attempt_dir/screen.log, with the time here.
+ask_nodes() {
+  local i words meet
+  mkdir -p "$folder"
+  token=${SLURM_JOB_ID:-none}.$$.$RANDOM
+  echo "$token" >"$folder/.token"
+  meet=${nodes[0]}:$((20000 + 7 * ${SLURM_JOB_ID:-0} % 10000)) # as in gtpo_megatron/cluster/ranks.py, for step 0
+  (for i in 0 1; do
+     if [ "${sizes[i]}" = 0 ]; then continue; fi
+     words=("--nodes=${sizes[i]}" "--ntasks=${sizes[i]}" --ntasks-per-node=1 --kill-on-bad-exit=0 "--wait=$((150 + limit))")
+     if [ -n "${SLURM_HET_SIZE:-}" ]; then words+=("--het-group=$i"); fi
+     srun "${words[@]}" "$@" -m gtpo_megatron.machine.screen "$folder" "$token" --limit "$limit" --meet "$meet" \
+       --nodes "${#nodes[@]}" 2>>"$attempt_dir/screen.err" &
+   done
+   wait) | while read -r line; do printf '%(%s)T %s\n' -1 "$line"; done >"$attempt_dir/screen.log" &
+  wait_for "$!"
 }
 
 # nodes_of_component N: the nodes of a component of this job, one a line; a job that is not heterogeneous is its own component 0.

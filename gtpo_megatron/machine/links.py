@@ -120,7 +120,9 @@ def check_links(
         TooLate: the others have begun without this node.
     """
     address = _address(meeting)
-    with socket.create_server(("" if is_loopback(address) else address, 0), backlog=1024) as listener:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listen = ("" if is_loopback(address) else address, 0)
+    with socket.create_server(listen, family=family, backlog=1024) as listener:
         place = Place(meeting.node, address, listener.getsockname()[1])
         try:
             store = meeting.open(bounded)
