@@ -152,7 +152,9 @@ def kinds(faults: Collection[str], number: int, chance: random.Random) -> list[s
 
 
 def main(
-    faults: Annotated[int, typer.Option(min=1)] = 20,
+    faults: Annotated[
+        int, typer.Option(min=0, help="In the run that samples by itself; 0: no such run")
+    ] = 20,
     server_faults: Annotated[int, typer.Option(min=0, help="In the run with a server; 0: no such run")] = 6,
     seed: Annotated[
         int | None, typer.Option(help="Of faults and moments; default: another one each time")
@@ -171,7 +173,7 @@ def main(
         write_inputs(directory)
         (directory / "cluster").mkdir()
         with VirtualSlurm(directory / "cluster") as cluster:
-            happened, found = wild(cluster, directory, chance, faults)
+            happened, found = wild(cluster, directory, chance, faults) if faults else ([], [])
             if server_faults:
                 more, wrong = served(cluster, directory, chance, server_faults)
                 happened, found = happened + more, found + wrong
