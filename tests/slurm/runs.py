@@ -77,6 +77,11 @@ def write_yaml(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def change(path: Path, **values: object) -> None:
+    """Keys of a YAML file."""
+    write_yaml(path, yaml.safe_load(path.read_text()) | values)
+
+
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

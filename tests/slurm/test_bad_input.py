@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gtpo_megatron.errors import MISTAKE
-from tests.slurm.runs import ended, last_line
+from tests.slurm.runs import change, last_line
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
@@ -24,10 +23,6 @@ def mistake(cluster: VirtualSlurm, run: Path, job_id: str) -> str:
     line = last_line(run, job_id)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", f"{MISTAKE}:0"), line
     return line.partition(" END ")[2]
-
-
-def change(site: Path, **values: object) -> None:
-    site.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | values))
 
 
 def test_an_allocation_too_small_for_the_layout(
@@ -68,49 +63,3 @@ def test_nodes_without_the_gpus_that_slurm_promises(
         "mistake: 2 of 2 nodes are unfit, 0 to spare: node1: 1 GPUs are allocated, 0 answer"
     )
     assert not (run / "attempts" / "ended").exists()  # no rank has been started
-
-
-@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
-def test_ranks_are_started_in_a_container(
-    cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str], kind: str
-) -> None:
-    """Stand-ins: one for srun with pyxis' options, one for apptainer. Each notes what it is asked, and runs the rest."""
-    folder = recipe.parent
-    image = folder / "image"
-    image.touch()
-    programs = folder / "programs"
-    programs.mkdir()
-    name, take = STAND_INS[kind]
-    (programs / name).write_text(STAND_IN.format(note=folder / "asked", take=take))
-    (programs / name).chmod(0o755)
-    path = f"{programs}:/usr/bin:/bin"
-    container = {"kind": kind, "image": str(image), "mounts": [str(folder), str(Path.cwd())]}
-    change(site, container=container, env={"PATH": path}, python=sys.executable)
-    run = folder / "runs" / "small"
-    job_id = submit("small", "training.steps=1", "optimizer.warmup_steps=0")
-    job = cluster.wait_for_job(job_id)
-    assert job["JobState"] == "COMPLETED", last_line(run, job_id)
-    assert [how for *_, how in ended(run)] == ["0"]
-    asked = (folder / "asked").read_text()
-    mounts = f"{folder}:{folder},{Path.cwd()}:{Path.cwd()}" if kind == "pyxis" else f"{folder},{Path.cwd()}"
-    for word in (str(image), mounts, str(Path.cwd())):
-        assert word in asked
-    assert asked.count(str(image)) == (1 if kind == "pyxis" else 2)  # by srun; by each rank
-
-
-STAND_IN = """\
-#!/bin/bash
-echo "$*" >>{note}
-{take}
-"""
-STAND_INS = {
-    "pyxis": (
-        "srun",
-        'words=(); for word; do case $word in --container-*) ;; *) words+=("$word") ;; esac; done\n'
-        'exec /usr/bin/srun "${words[@]}"',
-    ),
-    "apptainer": (
-        "apptainer",
-        '[ $1 = exec ] && [ $2 = --bind ] && [ $4 = --pwd ] || exit 2\ncd "$5"; exec "${@:7}"',
-    ),
-}
