@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gtpo_megatron.errors import UserError
 from gtpo_megatron.run.directory import read_status
 from tests.slurm.runs import (
     TRAIN,
@@ -27,6 +28,13 @@ SERVE = "[g]tpo_megatron serve"
 
 def node_of(cluster: VirtualSlurm, job_id: str, component: int) -> str:
     return cluster.job(f"{job_id}+{component}")["NodeList"]
+
+
+def is_running(run: Path) -> bool:
+    try:
+        return read_status(run).state == "running"
+    except UserError:  # not begun
+        return False
 
 
 def is_serving(cluster: VirtualSlurm, node: str) -> bool:
@@ -51,9 +59,7 @@ def test_both_components_are_screened_signalled_and_requeued_together(
     cluster.run("mount", "-o", "remount,size=16m", "/dev/shm", node="node3")
     try:
         job_id = submit("small", *words)
-        wait_until(
-            lambda: (run / "attempts/2").exists() and read_status(run).state == "running", "ranks wait"
-        )
+        wait_until(lambda: is_running(run), "the ranks wait for a server")
     finally:
         cluster.run("mount", "-o", "remount,size=50%", "/dev/shm", node="node3")
     log = (run / f"slurm-{job_id}.log").read_text()
