@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gtpo_megatron.errors import MISTAKE
-from tests.slurm.runs import change, last_line
+from tests.slurm.runs import TRAIN, change, last_line
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
@@ -26,12 +26,13 @@ def mistake(cluster: VirtualSlurm, run: Path, job_id: str) -> str:
 
 
 def test_an_allocation_too_small_for_the_layout(
-    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
 ) -> None:
+    """As a person asks for it, who submits what was written for two nodes."""
     run = recipe.parent / "runs" / "small"
-    cluster.run("scancel", submit("small", "--time", "1"))
-    script = run / "submissions" / "1" / "train.sbatch"
-    command = ("sbatch", "--parsable", "--nodes=1", script)  # a person knows better
+    written = (*TRAIN, "submit", recipe, "--site", site, "--nodes", "2", "--dry-run")
+    cluster.run(*written, environment=environment)
+    command = ("sbatch", "--parsable", "--nodes=1", run / "submissions" / "1" / "train.sbatch")
     line = mistake(cluster, run, cluster.run(*command, environment=environment).stdout.strip())
     assert line.startswith("mistake: gtpo-megatron: the world has 1 rank, not a multiple of parallel.tensor")
 

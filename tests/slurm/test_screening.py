@@ -151,6 +151,7 @@ def test_a_job_of_servers_goes_elsewhere_when_its_node_is_unfit(
 ) -> None:
     with site.open("a") as file:
         file.write("sbatch_servers: ['--exclude=node[1-2]']\n")
+    cluster.wait_until_idle()  # so that Slurm takes node3
     broken = recipe.parent / "python"
     broken.write_text("#!/bin/sh\necho no such model\nexit 1\n")
     broken.chmod(0o755)
