@@ -108,7 +108,7 @@ gpu: ## on a machine with a GPU: what works, how fast, in which memory, in one u
 chaos: .venv ## kill a tiny training run 20 times (KILLS=...) at random moments, and compare all its metrics
 	@$(BIN)/python tools/chaos.py --kills $(KILLS)
 
-slurm-chaos: .venv ## kill ranks and nodes of a tiny run on a virtual Slurm, preempt, requeue, cancel it, 20 times; compare (needs root)
+slurm-chaos: sglang ## kill ranks, nodes and servers of tiny runs on a virtual Slurm, preempt, requeue, cancel them; compare (needs root)
 	@$(BIN)/python tools/slurm_chaos.py
 
 soak: sglang ## kill and stop SGLang servers, router and trainer of a run 40 times (FAULTS=...); check that nothing is lost

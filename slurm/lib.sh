@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, screen_nodes, servers_key, split_nodes, keep_servers, run_step, end_servers, end_attempt (or end_command)
+#   begin_attempt, load_modules, need_file, screen_nodes, servers_key, place_steps, keep_servers, run_step, end_servers, end_attempt (or end_command)
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
@@ -32,7 +32,7 @@ note_end() {
 
 # begin_attempt RUN_DIR [attempts|serving|...]: makes the folder of this attempt's logs, $attempt_dir.
 begin_attempt() {
-  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank fit=()
+  attempts=$1/${2:-attempts} run_dir=$1 got_term=0 logs=rank fit=() fit_servers=()
   if ! mkdir -p "$attempts" || [ ! -w "$attempts" ]; then
     end_job 2 "mistake: $attempts cannot be written on $(hostname); is it on the shared file system?"
   fi
@@ -75,27 +75,26 @@ servers_key() {
   export GTPO_SERVERS_KEY
 }
 
-# screen_nodes SPARES SECONDS PYTHON...: each node of the job shows within so long that it is fit (gtpo_megatron/machine/screen.py),
-# and a spare one takes the place of one that is not. Leaves in $fit the nodes to use, as many as the job has without its spares.
-# Where they are too few, the job is requeued without those that are unfit, unless all are: that is a mistake in what they share.
-# PYTHON: the interpreter, after what srun needs for it.
+# screen_nodes SPARES SECONDS PYTHON...: each node of the job shows within so long that it is fit, and as long again that it and
+# the others reach each other (gtpo_megatron/machine/screen.py), and a spare one takes the place of one that does not. Leaves in
+# $fit the nodes to use, as many as the job has without its spares; of a heterogeneous job, its first component's there, and the
+# second's, the servers', in $fit_servers. Where they are too few, the job is requeued without those that are unfit, unless all
+# are: that is a mistake in what they share. PYTHON: the interpreter, after what srun needs for it.
 screen_nodes() {
-  local spares=$1 limit=$2 folder=$attempt_dir/screen nodes node unfit=() first="" token
-  local -A verdict=()
+  local spares=$1 limit=$2 folder=$attempt_dir/screen nodes=() of node unfit=() first="" token i sizes=()
+  local -A verdict=() cut=() component=()
   shift 2
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  mkdir -p "$folder"
-  token=${SLURM_JOB_ID:-none}.$$.$RANDOM
-  echo "$token" >"$folder/.token"
-  (srun "--nodes=${#nodes[@]}" "--ntasks=${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 "$@" \
-    -m gtpo_megatron.machine.screen "$folder" "$token" --limit "$limit" 2>"$attempt_dir/screen.err" |
-    while read -r line; do printf '%(%s)T %s\n' -1 "$line"; done >"$attempt_dir/screen.log") &
-  wait_for "$!"
+  for i in 0 1; do
+    mapfile -t of < <(nodes_of_component "$i")
+    sizes+=("${#of[@]}") nodes+=("${of[@]}")
+    for node in "${of[@]}"; do component[$node]=$i; done
+  done
+  ask_nodes "$@"
   read_verdicts
-  fit=()
+  leave_broken_links
   for node in "${nodes[@]}"; do
     if [ "${verdict[$node]-}" = ok ]; then
-      fit+=("$node")
+      if [ "${component[$node]}" = 0 ]; then fit+=("$node"); else fit_servers+=("$node"); fi
     else
       unfit+=("$node")
       if [ -z "${verdict[$node]-}" ]; then verdict[$node]="no answer: $(grep -m 1 -F " $node: " "$attempt_dir/screen.err")"; fi
@@ -107,19 +106,49 @@ screen_nodes() {
     end_attempt "$retries"
   fi
   for node in "${unfit[@]}"; do say "$node is unfit: ${verdict[$node]}"; done
-  if [ "${#fit[@]}" -ge "$((${#nodes[@]} - spares))" ]; then
-    fit=("${fit[@]:0:${#nodes[@]}-spares}")
+  if [ "${#fit[@]}" -ge "$((sizes[0] - spares))" ] && [ "${#fit_servers[@]}" = "${sizes[1]}" ]; then
+    fit=("${fit[@]:0:sizes[0]-spares}")
     return
   fi
   first_end="${#unfit[@]} of ${#nodes[@]} nodes are unfit, $spares to spare: $first"
-  if [ "${#fit[@]}" = 0 ] && [ "${#nodes[@]}" -gt 1 ]; then end_job 2 "mistake: $first_end; not requeued"; fi
+  if [ -n "${verdict[alone]-}" ]; then end_job 2 "mistake: no two nodes reach each other: $first; not requeued"; fi
+  if [ "${#unfit[@]}" = "${#nodes[@]}" ] && [ "${#nodes[@]}" -gt 1 ]; then end_job 2 "mistake: $first_end; not requeued"; fi
   avoid=$(IFS=,; echo "${unfit[*]}")
   if ! can_do_without "$avoid"; then end_job 2 "mistake: $first_end; Slurm has too few nodes without $avoid: not requeued"; fi
   step_code=unfit
   end_attempt "$retries"
 }
 
-# Of screen_nodes: ${verdict[NODE]} is "ok" or why not, ${verdict[stopped]} is set if the job is asked to stop meanwhile.
+# Of screen_nodes: a step on each component, a task a node; what the nodes answer is in $attempt_dir/screen.log, with the time here.
+ask_nodes() {
+  local i words meet
+  mkdir -p "$folder"
+  token=${SLURM_JOB_ID:-none}.$$.$RANDOM
+  echo "$token" >"$folder/.token"
+  meet=${nodes[0]}:$((20000 + 7 * ${SLURM_JOB_ID:-0} % 10000)) # as in gtpo_megatron/cluster/ranks.py, for step 0
+  (for i in 0 1; do
+     if [ "${sizes[i]}" = 0 ]; then continue; fi
+     words=("--nodes=${sizes[i]}" "--ntasks=${sizes[i]}" --ntasks-per-node=1 --kill-on-bad-exit=0 "--wait=$((150 + limit))")
+     if [ -n "${SLURM_HET_SIZE:-}" ]; then words+=("--het-group=$i"); fi
+     srun "${words[@]}" "$@" -m gtpo_megatron.machine.screen "$folder" "$token" --limit "$limit" --meet "$meet" \
+       --nodes "${#nodes[@]}" 2>>"$attempt_dir/screen.err" &
+   done
+   wait) | while read -r line; do printf '%(%s)T %s\n' -1 "$line"; done >"$attempt_dir/screen.log" &
+  wait_for "$!"
+}
+
+# nodes_of_component N: the nodes of a component of this job, one a line; a job that is not heterogeneous is its own component 0.
+nodes_of_component() {
+  local name=SLURM_JOB_NODELIST_HET_GROUP_$1
+  if [ -n "${SLURM_HET_SIZE:-}" ]; then
+    scontrol show hostnames "${!name}"
+  elif [ "$1" = 0 ]; then
+    scontrol show hostnames "$SLURM_JOB_NODELIST"
+  fi
+}
+
+# Of screen_nodes: ${verdict[NODE]} is "ok" or why not, ${cut[NODE PEER]} is why a node does not reach another,
+# ${verdict[stopped]} is set if the job is asked to stop meanwhile.
 read_verdicts() {
   local now word clock how text
   while read -r now word node clock how text; do
@@ -132,29 +161,82 @@ read_verdicts() {
             verdict[$node]="its clock and that of $(hostname) differ by $((clock - now)) s"
           fi ;;
       unfit) verdict[$node]=$text ;;
+      cut) cut["$node ${text%% *}"]=${text#* } ;;
       stopped) verdict[stopped]=1 ;;
     esac
   done <"$attempt_dir/screen.log"
 }
 
+# Of screen_nodes: of two nodes that do not reach each other one is unfit: that which most others do not reach either; of two
+# alike the later, for nothing tells which it is. ${verdict[alone]} is set if of three or more only one would be left.
+leave_broken_links() {
+  local pair one other node worst most count fit_before
+  local -A beyond # of each node those that it does not reach
+  fit_before=$(count_fit)
+  while :; do
+    beyond=() worst="" most=0
+    for pair in "${!cut[@]}"; do # either of the two has said so, or both
+      one=${pair% *} other=${pair#* }
+      if [ "${verdict[$one]-}" = ok ] && [ "${verdict[$other]-}" = ok ]; then
+        beyond[$one]+="$other " beyond[$other]+="$one "
+      fi
+    done
+    for node in "${nodes[@]}"; do
+      count=$(tr ' ' '\n' <<<"${beyond[$node]-}" | sort -u | grep -c .)
+      if [ "$count" != 0 ] && [ "$count" -ge "$most" ]; then most=$count worst=$node; fi
+    done
+    if [ "$most" = 0 ]; then break; fi
+    other=${beyond[$worst]%% *}
+    verdict[$worst]="it and $most of $((fit_before - 1)) other nodes do not reach each other: $other: ${cut[$worst $other]-${cut[$other $worst]-}}"
+  done
+  if [ "$fit_before" -gt 2 ] && [ "$(count_fit)" = 1 ]; then verdict[alone]=1; fi
+}
+
+count_fit() { printf '%s\n' "${verdict[@]}" | grep -cx ok; }
+
 # can_do_without NODES: whether Slurm has a place for this job without these nodes and those left out before, now or later.
 can_do_without() {
   local before words
   before=$(left_out)
-  words=(--test-only "--nodes=$SLURM_NNODES" "--exclude=${before:+$before,}$1")
-  if [ -n "${SLURM_JOB_PARTITION:-}" ]; then words+=("--partition=$SLURM_JOB_PARTITION"); fi
+  words=(--test-only "--exclude=${before:+$before,}$1")
+  if [ -z "${SLURM_HET_SIZE:-}" ]; then # what the command line says would hold for all components
+    words+=("--nodes=$SLURM_NNODES")
+    if [ -n "${SLURM_JOB_PARTITION:-}" ]; then words+=("--partition=$SLURM_JOB_PARTITION"); fi
+  fi
   sbatch "${words[@]}" "$0" >/dev/null 2>&1
 }
 
-# split_nodes N: the first N of the nodes $fit in $serving, the others in $training, as srun's --nodelist takes them.
+# place_steps SERVERS SPARES: which nodes train and which serve, in words of srun: $of_ranks, empty where all nodes of the job
+# train, and $of_servers, empty without servers in this job. SERVERS: so many nodes, the first; "component": the second
+# component of a heterogeneous job; "jobs" and 0: none here.
 # shellcheck disable=SC2034 # used by the files that source this
-split_nodes() {
-  if [ "${#fit[@]}" = 0 ]; then mapfile -t fit < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi # not screened
-  if [ "${#fit[@]}" -le "$1" ]; then
-    end_job 2 "mistake: $1 nodes are to serve, and the job has ${#fit[@]}: no node is left to train"
+place_steps() {
+  local serving=() tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE_HET_GROUP_0:-1}} cores=
+  of_ranks=() of_servers=()
+  if [ "${#fit[@]}" = 0 ]; then # not screened
+    mapfile -t fit < <(nodes_of_component 0)
+    mapfile -t fit_servers < <(nodes_of_component 1)
   fi
-  serving=$(IFS=,; echo "${fit[*]:0:$1}")
-  training=$(IFS=,; echo "${fit[*]:$1}")
+  case $1 in
+    component)
+      if [ "${#fit_servers[@]}" = 0 ]; then end_job 2 "mistake: this job has no second component, whose nodes are to serve"; fi
+      of_ranks=(--het-group=0) of_servers=(--het-group=1) serving=("${fit_servers[@]}")
+      cores=${SLURM_CPUS_PER_TASK_HET_GROUP_1:-} ;;
+    jobs | 0) ;;
+    *)
+      if [ "${#fit[@]}" -le "$1" ]; then
+        end_job 2 "mistake: $1 nodes are to serve, and the job has ${#fit[@]}: no node is left to train"
+      fi
+      serving=("${fit[@]:0:$1}") fit=("${fit[@]:$1}")
+      if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then cores=$((SLURM_CPUS_PER_TASK * tasks)); fi ;; # all of a node's
+  esac
+  if [ "${#serving[@]}$2" != 00 ]; then
+    of_ranks+=("--nodelist=$(IFS=,; echo "${fit[*]}")" "--nodes=${#fit[@]}" "--ntasks=$((${#fit[@]} * tasks))")
+  fi
+  if [ "${#serving[@]}" != 0 ]; then
+    of_servers+=("--nodelist=$(IFS=,; echo "${serving[*]}")" "--nodes=${#serving[@]}" "--ntasks=${#serving[@]}")
+    of_servers+=(--ntasks-per-node=1 ${cores:+"--cpus-per-task=$cores"})
+  fi
 }
 
 # keep_servers RETRIES SRUN...: servers as a step in the background. A step that ends is started again, unless it ended with
@@ -319,7 +401,7 @@ end_command() {
   esac
 }
 
-# requeue WHY: the same job again, from the newest checkpoint, without the nodes $avoid.
+# requeue WHY: the same job again, all its components, from the newest checkpoint, without the nodes $avoid.
 requeue() {
   local answer
   trap '' TERM # of the requeue: what is started here ignores it too, and has the time until SIGKILL
@@ -331,8 +413,8 @@ requeue() {
   end_job 3 "$1; cannot be requeued ($(one_line <<<"$answer")): submit again to go on"
 }
 
-# The nodes that this job does not get, as Slurm writes them.
-left_out() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -vF '(null)'; }
+# The nodes that this job does not get, as Slurm writes them: for all components of a heterogeneous one.
+left_out() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n '1s/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -vF '(null)'; }
 
 # leave_out NODES: this job, which waits in the queue, does not get these nodes. Slurm changes the list of a waiting job alone.
 leave_out() {

@@ -103,16 +103,17 @@ def look(run: Path) -> Picture:
     ids = read(lambda: job_ids(run), [])
     of_servers = read(lambda: job_ids(run, SERVERS_JOB), [])
     jobs = queued([*ids, *of_servers])
+    own = [job for job in jobs if job.job_id.partition("+")[0] in ids]  # 7+0, 7+1: components of one job
     return Picture(
         run=str(run),
         status=read(lambda: read_status(run), None),
         lease=read(lambda: read_lease(run), None),
-        jobs=[job for job in jobs if job.job_id in ids],
+        jobs=own,
         attempts=read(lambda: read_attempts(run), []),
         last=newest_metrics(run),
         problems=problems,
         servers=read(lambda: registered(run / SERVERS), []),
-        servers_jobs=[job for job in jobs if job.job_id not in ids],
+        servers_jobs=[job for job in jobs if job not in own],
     )
 
 

@@ -38,6 +38,7 @@ class Job:
     retries: int
     python: str
     servers: int = 0  # nodes of this job that serve
+    het: bool = False  # those as a second component of a heterogeneous job
     servers_jobs: int = 0  # jobs of one node each that serve
     spares: int = 0  # more nodes of this job, for those that are unfit
 
@@ -70,9 +71,9 @@ def servers_settings(job: Job, tensor: int, servers: int) -> list[str]:
 
 
 def options(job: Job, site: Site) -> Iterator[str]:
-    """The options of sbatch, those of the site last."""
+    """The options of sbatch, those of the site last; then those of the servers' component, where there is one."""
     yield f"--job-name={job.name}"
-    yield f"--nodes={job.nodes + job.servers + job.spares}"
+    yield f"--nodes={job.nodes + job.spares + (0 if job.het else job.servers)}"
     yield f"--ntasks-per-node={job.ranks_per_node}"
     if job.gpus_per_node:
         yield f"--gpus-per-node={job.gpus_per_node}"
@@ -80,13 +81,23 @@ def options(job: Job, site: Site) -> Iterator[str]:
         yield f"--cpus-per-task={site.cpus_per_rank}"
     yield f"--signal=USR1@{site.stop_before_s}"
     yield from _options_of_all(job, site)
+    if job.het:
+        yield "hetjob"
+        yield f"--job-name={job.name}"
+        yield "--requeue"
+        yield "--ntasks-per-node=1"
+        yield from _options_of_serving_nodes(job, site, job.servers)
 
 
 def servers_options(job: Job, site: Site) -> Iterator[str]:
     """The same for the jobs of servers: an array, each of one node, which come and go by themselves."""
     yield f"--job-name={job.name}-serve"
     yield f"--array=1-{job.servers_jobs}"
-    yield "--nodes=1"
+    yield from _options_of_serving_nodes(job, site, 1)
+
+
+def _options_of_serving_nodes(job: Job, site: Site, nodes: int) -> Iterator[str]:
+    yield f"--nodes={nodes}"
     if job.gpus_per_node:
         yield f"--gpus-per-node={job.gpus_per_node}"
     if site.cpus_per_rank:
@@ -141,7 +152,7 @@ def facts(job: Job, site: Site, submission: Path) -> Iterator[str]:
     yield f"hung_after={site.hung_after_s}"
     yield f"screening={site.screening_s}"
     yield f"spares={job.spares}"
-    yield f"servers={'jobs' if job.servers_jobs else job.servers}"
+    yield f"servers={'jobs' if job.servers_jobs else 'component' if job.het else job.servers}"
     yield _array("modules", site.modules)
     yield _array("python", [job.python])
     yield _array("srun_options", srun_options)

@@ -44,6 +44,10 @@ def submit(
     servers: Annotated[
         int, typer.Option(min=0, help="More nodes, of the same job, that run SGLang servers.")
     ] = 0,
+    het: Annotated[
+        bool,
+        typer.Option("--het", help="With --servers: their nodes are a component of their own of the job."),
+    ] = False,
     servers_job: Annotated[
         int, typer.Option(min=0, help="Jobs of one node each that run SGLang servers, and may come and go.")
     ] = 0,
@@ -100,6 +104,7 @@ def submit(
         retries=retries,
         python=facts.python or ("python3" if in_container else sys.executable),
         servers=servers,
+        het=het,
         servers_jobs=servers_job,
         spares=spares,
     )
@@ -107,6 +112,8 @@ def submit(
         raise UserError(
             f"--spares {spares}: they take the place of nodes that fail the screening, which {site} has turned off (screening_s: 0)"
         )
+    if het and not servers:
+        raise UserError("--het: the servers' nodes as a component of their own; say how many by --servers")
     words = settings or []
     if at_once and not sweep:
         raise UserError(

@@ -1,15 +1,17 @@
 """Is this node fit to train? Asked before the ranks start, one task a node; slurm/lib.sh acts on the answer.
 
-    python -m gtpo_megatron.machine.screen FOLDER TOKEN [--limit SECONDS]
+    python -m gtpo_megatron.machine.screen FOLDER TOKEN [--limit SECONDS] [--meet HOST:PORT --nodes N]
 
 FOLDER is one that all nodes share, in which `.token` says TOKEN: a node that sees it there, and whose own file the job's first
 node sees, has the same file system. The answer is one line on standard output, so that a node without the file system can give
-it as well:
+it as well, after one for each other node that it does not reach:
 
     screen NODE CLOCK ok|unfit|stopped TEXT        CLOCK: seconds since the epoch, as this node believes
+    screen NODE CLOCK cut PEER TEXT
 
 What is looked at: the folder, free disk, the GPUs that Slurm promises and their memory, a matrix product on each (on the CPU
-without GPUs), an all-reduce over all GPUs of the node, and one over its network interface. What is between the nodes is not.
+without GPUs), an all-reduce over all GPUs of the node, and one over its network interface; then, where there are several nodes,
+what is between them (gtpo_megatron/machine/links.py), for which they meet at HOST:PORT, HOST being the first of N.
 """
 
 import argparse
@@ -23,12 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from gtpo_megatron.errors import STOPPED
+from gtpo_megatron.machine.links import Broken, Meeting, TooLate, check_links, stay_away
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 LEAST_FREE_BYTES = 1 << 30  # of the run's folder, and of the node's own temporary one
 IDLE_SHARE, IDLE_BYTES = 0.05, 1 << 30  # of a GPU's memory that driver and this process may hold
 SIZE, DEPTH, REPEATS = 2048, 256, 20
-Answer = Literal["ok", "unfit", "stopped"]
+Answer = Literal["ok", "unfit", "stopped", "cut"]
 
 
 class Unfit(Exception):
@@ -143,18 +146,25 @@ def check_sum_on_network(limit: timedelta) -> None:
         raise Unfit(f"an all-reduce over the network interface has wrong sums: {sums}")
 
 
-def screen(folder: Path, token: str, node: str, expected_gpus: int, limit_s: float) -> None:
-    """All checks. Raises Unfit, also in the place of an error that nobody has foreseen."""
+def screen(
+    folder: Path, token: str, expected_gpus: int, limit_s: float, node: str, give_up: Callable[[str], None]
+) -> "torch.device":
+    """All checks of this node alone; the device to go on with. Raises Unfit, also in the place of an error that nobody has foreseen.
+
+    Args:
+        limit_s: for the checks before torch is loaded, and for those after.
+        give_up: called with a text, from a thread, where one of them takes longer.
+    """
     check: list[str] = ["the run's directory"]
     try:
-        with _limit(limit_s, check, node):
+        with _limit(limit_s, check, give_up):
             check_folder(folder, token, node)
             check[0] = "free disk"
             check_disk([folder, Path(tempfile.gettempdir())])
         check[0] = "torch"
         importlib.import_module("torch.distributed")  # a slow file system may take minutes for it: no limit
         check[0] = "the GPUs"
-        with _limit(limit_s, check, node):
+        with _limit(limit_s, check, give_up):
             devices = check_gpus(expected_gpus)
             check[0] = "a matrix product"
             check_products(devices)
@@ -164,17 +174,42 @@ def screen(folder: Path, token: str, node: str, expected_gpus: int, limit_s: flo
             check_sum_on_network(timedelta(seconds=limit_s))
     except (OSError, RuntimeError, ImportError) as error:  # CUDA's errors are RuntimeErrors
         raise Unfit(f"{check[0]}: {type(error).__name__}: {error}") from error
+    return devices[0]
+
+
+def screen_links(meeting: Meeting, device: "torch.device", limit_s: float) -> None:
+    """What is between this node and the others: an answer for each that it does not reach.
+
+    Raises Unfit where that cannot be said of a link.
+    """
+
+    def tell(broken: Broken) -> None:
+        answer(meeting.node, "cut", f"{broken.peer} {broken.why}")
+
+    def bounded(peer: str, seconds: float) -> AbstractContextManager[None]:
+        def give_up(text: str) -> None:
+            tell(Broken(peer, text))
+            answer(meeting.node, "ok", "but for that")
+
+        return _limit(seconds, ["the two have to do with each other"], give_up)
+
+    try:
+        check_links(meeting, device, limit_s, tell, bounded)
+    except TooLate as reason:
+        raise Unfit(str(reason)) from None
+    except (OSError, RuntimeError) as error:
+        raise Unfit(f"the meeting of the nodes at {meeting.host}:{meeting.port}: {error}") from error
 
 
 @contextmanager
-def _limit(seconds: float, check: list[str], node: str) -> Iterator[None]:
-    """End this process with an answer if the inside takes longer: what hangs in a driver cannot be ended otherwise."""
+def _limit(seconds: float, check: Sequence[str], give_up: Callable[[str], None]) -> Iterator[None]:
+    """End this process if the inside takes longer, after `give_up` was told: what hangs in a driver cannot be ended otherwise."""
 
-    def give_up() -> None:
-        answer(node, "unfit", f"no result after {seconds:g} s: {check[0]}")
+    def end() -> None:
+        give_up(f"no result after {seconds:g} s: {check[0]}")
         os._exit(1)
 
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
@@ -202,14 +237,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("token")
     parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument(
+        "--meet", metavar="HOST:PORT", help="where the nodes meet: the first of them, and a port"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="that meet there")
     given = parser.parse_args(arguments)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _stopper(node))
     begun = time.monotonic()
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    meeting = None
+    if given.meet and given.nodes > 1:
+        host, _, port = given.meet.rpartition(":")
+        meeting = Meeting(host, int(port), given.nodes, node)
+
+    def refuse(text: str) -> None:
+        answer(node, "unfit", text)
+        if meeting:
+            stay_away(meeting, given.limit, lambda _, seconds: _limit(seconds, [""], lambda _: None))
+
     try:
-        screen(given.folder, given.token, node, gpus, given.limit)
+        device = screen(given.folder, given.token, gpus, given.limit, node, refuse)
+    except Unfit as reason:
+        refuse(str(reason))
+        return 1
+    try:
+        if meeting:
+            screen_links(meeting, device, given.limit)
     except Unfit as reason:
         answer(node, "unfit", str(reason))
         return 1

@@ -221,11 +221,27 @@ def init_process_group() -> None:
         torch.cuda.set_device(0 if bound else int(os.environ.get("LOCAL_RANK", 0)))
     with gloo_interface():
         if _launched():
-            dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
+            with _port_is_free():
+                dist.init_process_group(backend(), timeout=control.STEP_LIMIT)
         else:
             dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
         control.group()
     rollcall.answer_calls()
+
+
+@contextlib.contextmanager
+def _port_is_free() -> Iterator[None]:
+    """That another program has the port at which the ranks meet is for a person to mend: it would be so again."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(
+            f"MASTER_PORT={port}: another program on this machine listens at this port, where the ranks are to meet; set "
+            "MASTER_PORT to a free one (under Slurm in the site's env, or submit again: it follows from the job's number)"
+        ) from error
 
 
 def gloo_interface() -> contextlib.AbstractContextManager[None]:

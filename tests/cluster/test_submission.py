@@ -252,6 +252,31 @@ def test_servers_in_the_job_are_more_nodes_of_it(job: Job) -> None:
     assert "serve.sbatch" not in submission.scripts_of(with_servers)
 
 
+def test_a_heterogeneous_job_has_the_servers_as_its_second_component(job: Job) -> None:
+    site = a_site(partition="p", cpus_per_rank=4, sbatch=["--mem=0"], sbatch_servers=["--partition=small"])
+    het = replace(job, servers=2, spares=1, het=True)
+    text = script(het, site, job.run / "submissions" / "1", TEMPLATE)
+    asked = options_of(text)
+    first, second = asked[: asked.index("hetjob")], asked[asked.index("hetjob") + 1 :]
+    assert "--nodes=5" in first and "--partition=p" in first and "--partition=small" not in first
+    assert second == [
+        "--job-name=trial",
+        "--requeue",
+        "--ntasks-per-node=1",
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--cpus-per-task=32",
+        "--time=04:00:00",
+        "--partition=p",
+        f"--chdir={job.folder}",
+        f"--output={job.run}/slurm-%j.log",
+        "--mem=0",
+        "--partition=small",
+    ]
+    assert "\nservers=component\n" in text
+    assert submission.scripts_of(het).keys() == {"train.sbatch", "convert.sbatch", "evaluate.sbatch"}
+
+
 def test_spare_nodes_are_more_nodes_of_the_job(job: Job) -> None:
     text = script(
         replace(job, servers=2, spares=1), a_site(screening_s=45), job.run / "submissions" / "1", TEMPLATE

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    environ = os.environ | {"SLURMD_NODENAME": "node7", "SLURM_GPUS_ON_NODE": ""}
+def start(*words: str | Path, node: str = "node7") -> subprocess.Popen[str]:
+    environ = os.environ | {"SLURMD_NODENAME": node, "SLURM_GPUS_ON_NODE": "", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "gtpo_megatron.machine.screen", *map(str, words)]
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
 
@@ -44,6 +45,17 @@ def test_a_fit_node_says_so_and_leaves_its_file(folder: Path) -> None:
     assert (how, process.returncode) == ("ok", 0), text
     assert sorted(path.name for path in folder.iterdir()) == [".token", "node7"]
     assert (folder / "node7").read_text() == "7.1"
+
+
+def test_the_first_node_is_unfit_and_lets_the_others_meet_all_the_same(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meet = ("--meet", f"localhost:{port}", "--nodes", "2")
+    first, second = start(folder, "7.2", *meet, node="localhost"), start(folder, "7.1", *meet)
+    how, text = answer_of(second)
+    assert (how, second.returncode) == ("ok", 0), text
+    line = first.communicate(timeout=120)[0]
+    assert line.startswith("screen localhost ") and " unfit " in line and first.returncode == 1
 
 
 def test_what_hangs_is_named_when_its_time_is_over(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -126,3 +128,14 @@ def test_deterministic_kernels_are_asked_for_before_transformer_engines_layers_a
     with caplog.at_level(logging.INFO, "gtpo_megatron"), pytest.raises(Built, match=value):
         model_module.build_policy(ModelConfig(path=str(tiny_checkpoint("llama"))), ParallelConfig(), training)
     assert (f"sets {platform.DETERMINISM}=0 (before: 1)" in caplog.text) == deterministic
+
+
+def test_a_port_that_another_program_has_is_a_mistake() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        text = "from gtpo_megatron.policy import platform; platform.init_process_group()"
+        done = subprocess.run(
+            [sys.executable, "-c", text], env=os.environ | world, capture_output=True, text=True
+        )
+    assert f"UserError: MASTER_PORT={port}: another program on this machine listens" in done.stderr

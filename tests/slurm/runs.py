@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from gtpo_megatron.cluster.record import SERVERS
+from gtpo_megatron.registry import registered
 from gtpo_megatron.run.metrics import is_measured, read_metrics
 
 TRAIN = (sys.executable, "-m", "gtpo_megatron")
@@ -22,6 +26,60 @@ def user_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def small_recipe(directory: Path, name: str, checkpoint: Path) -> dict[str, Any]:
+    """A small GTPO run in `directory`, two ranks at tensor 2, all paths absolute, its prompts written there. It can be held
+    after a step, see `hold`."""
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"question": "{n} + {n}?", "answer": "{2 * n}"}}\n' for n in range(16)))
+    reward = {
+        "kind": "python",
+        "name": "characters",
+        "function": "tests.training_rewards:different_characters_when_let_go",
+        "options": {"hold": str(directory / "hold")},
+    }
+    return {
+        "name": name,
+        "dir": str(directory / "runs"),
+        "model": {"path": str(checkpoint), "dtype": "fp32"},
+        "data": {"path": str(prompts), "system_prompt": "", "max_prompt_tokens": 120},
+        "parallel": {"tensor": 2},
+        "training": {"steps": 12, "micro_batch_tokens": 256},
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+        "rewards": {
+            "workers": 1,
+            "timeout_s": 600,
+            "terms": [reward],
+        },  # a batch that is held is scored all the same
+        "checkpoint": {"export_hf": False},
+        "logging": {"tensorboard": False, "progress": "off"},
+    }
+
+
+def virtual_site() -> dict[str, Any]:
+    """The virtual cluster's facts: nodes without GPUs, two ranks fit on one, gloo on eth0; no screening, for haste."""
+    return {
+        "partition": "batch",
+        "time": "02:00:00",
+        "gpus_per_node": 0,
+        "ranks_per_node": 1,
+        "sbatch": ["--mem=1000"],
+        "python": sys.executable,
+        "interface": "eth0",
+        "screening_s": 0,
+    }
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def change(path: Path, **values: object) -> None:
+    """Keys of a YAML file."""
+    write_yaml(path, yaml.safe_load(path.read_text()) | values)
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
@@ -63,3 +121,29 @@ def wait_until_held(run: Path, step: int) -> None:
 
 def ended(run: Path) -> list[list[str]]:
     return [line.split() for line in (run / "attempts" / "ended").read_text().splitlines()]
+
+
+def registered_urls(run: Path) -> list[str]:
+    """Servers that say that they are up."""
+    return [server.url for server in registered(run / SERVERS)]
+
+
+def wrong_with_served(run: Path, count: int) -> list[str]:
+    """What does not hold of a run whose servers were certified at each step: every step is there once, and they sampled with
+    the trainer's weights. Their tokens are not the same from run to run."""
+    rows = read_metrics(run / "metrics.jsonl")
+    found = []
+    if [row["step"] for row in rows] != list(range(1, count + 1)):
+        found.append("steps are not recorded once each")
+    for row in rows:
+        if row["weight_version"] != row["step"] or row["staleness"] != 0:
+            found.append(f"step {row['step']}: weights {row['weight_version']}, staleness {row['staleness']}")
+        if not (
+            row["mismatch/tokens"] > 0 and row["mismatch/mean_abs"] < 1e-4 and row["logprob_gap/max"] < 1e-3
+        ):
+            found.append(f"step {row['step']}: servers and trainer differ by {row['mismatch/mean_abs']}")
+    return found
+
+
+def check_served(run: Path, count: int) -> None:
+    assert wrong_with_served(run, count) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gtpo_megatron.cluster.ranks import hosts
 from tests.slurm.runs import ended, hold, last_line, steps, wait_until
 from tests.slurm.virtual import VirtualSlurm
 
@@ -23,6 +24,32 @@ def requests(cluster: VirtualSlurm) -> dict[str, int]:
 def screened(site: Path) -> None:
     text = site.read_text().replace("screening_s: 0", "screening_s: 60")  # four nodes share few cores
     site.write_text(f"{text}env: {{TMPDIR: /dev/shm}}\n")  # of each node alone
+
+
+@pytest.fixture
+def by_fabric(site: Path, screened: None) -> None:
+    """Ranks talk by eth1, Slurm by eth0."""
+    site.write_text(site.read_text().replace("interface: eth0", "interface: eth1"))
+
+
+@contextmanager
+def without_cable(cluster: VirtualSlurm, node: str) -> Iterator[None]:
+    cluster.pull_cable(node)
+    try:
+        yield
+    finally:
+        cluster.plug_in_cable(node)
+
+
+@contextmanager
+def kept_apart(cluster: VirtualSlurm, node: str, other: str) -> Iterator[None]:
+    """By a switch or a cable between them: what the node sends there is lost."""
+    words = ("blackhole", cluster.fabric_address(other))
+    cluster.run("ip", "route", "add", *words, node=node)
+    try:
+        yield
+    finally:
+        cluster.run("ip", "route", "delete", *words, node=node)
 
 
 @contextmanager
@@ -87,4 +114,32 @@ def test_without_a_spare_node_the_job_goes_elsewhere_or_ends_where_there_is_none
     assert [row[1:] for row in ended(runs / "small")] == [[job_id, "0", "unfit"], [job_id, "1", "0"]]
     log = (runs / "small" / f"slurm-{job_id}.log").read_text()
     assert "END failed at step 0: 1 of 2 nodes are unfit, 0 to spare: node2: /dev/shm: 1" in log
+    assert "; requeued without node2" in log
+
+
+def test_a_spare_node_takes_the_place_of_one_whose_cable_is_pulled(
+    cluster: VirtualSlurm, recipe: Path, by_fabric: None, submit: Callable[..., str]
+) -> None:
+    run = recipe.parent / "runs" / "small"
+    with without_cable(cluster, "node2"):  # its own all-reduce over the interface is as it should be
+        job_id = submit("small", "--spares", "1", "training.steps=1", "optimizer.warmup_steps=0")
+        job = cluster.wait_for_job(job_id)
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "0", "node[1-3]"), log
+    assert "node2 is unfit: it and 2 of 2 other nodes do not reach each other: node" in log
+    assert log.count(" is unfit: ") == 1
+    assert steps(run) == [1]
+
+
+def test_two_nodes_that_do_not_reach_each_other_are_not_used_together(
+    cluster: VirtualSlurm, recipe: Path, by_fabric: None, submit: Callable[..., str]
+) -> None:
+    run = recipe.parent / "runs" / "small"
+    with kept_apart(cluster, "node1", "node2"):
+        job_id = submit("small", "training.steps=1", "optimizer.warmup_steps=0")
+        job = cluster.wait_for_job(job_id)
+    log = (run / f"slurm-{job_id}.log").read_text()
+    assert (job["JobState"], job["Restarts"], job["ExcNodeList"]) == ("COMPLETED", "1", "node2"), log
+    assert "node2" not in hosts(job["NodeList"])
+    assert "node2 is unfit: it and 1 of 1 other nodes do not reach each other: node1: " in log
     assert "; requeued without node2" in log

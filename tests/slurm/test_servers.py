@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gtpo_megatron.cluster.record import SERVERS, SERVERS_JOB, job_ids
-from gtpo_megatron.registry import registered
-from gtpo_megatron.run.metrics import read_metrics
-from tests.slurm.runs import TRAIN, hold, last_line, steps, wait_until
+from gtpo_megatron.cluster.record import SERVERS_JOB, job_ids
+from tests.slurm.runs import TRAIN, check_served, hold, last_line, registered_urls, steps, wait_until
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.sglang]
@@ -24,20 +22,6 @@ def sglang(sglang_python: str) -> tuple[str, ...]:
         "rollout.sglang.verify_every=1",
         "training.steps=6",
     )
-
-
-def urls(run: Path) -> list[str]:
-    return [server.url for server in registered(run / SERVERS)]
-
-
-def check_whole(run: Path) -> None:
-    """Every step is there once, and the servers sampled with the trainer's weights at each."""
-    rows = read_metrics(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 7))
-    for row in rows:
-        assert row["weight_version"] == row["step"] and row["staleness"] == 0
-        assert row["mismatch/tokens"] > 0 and row["mismatch/mean_abs"] < 1e-4
-        assert row["logprob_gap/max"] < 1e-3
 
 
 @pytest.mark.soak
@@ -66,15 +50,15 @@ def test_a_job_of_servers_leaves_and_comes_back_while_the_run_goes_on(
 
     # what Slurm does to a job for which it has a better use
     cluster.run("scontrol", "requeue", f"{array}_1")
-    wait_until(lambda: not urls(run), "the server has left", 60)
+    wait_until(lambda: not registered_urls(run), "the server has left", 60)
     (run.parents[1] / "hold").unlink()
     job = cluster.wait_for_job(job_id, START_S)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0")
-    check_whole(run)
+    check_served(run, 6)
     of_servers = cluster.wait_for_job(f"{array}_1")
     assert (of_servers["JobState"], of_servers["Restarts"]) == ("COMPLETED", "1")  # with the run
     assert last_line(run, server["job_id"]).endswith("END complete at step 6")
-    assert urls(run) == []
+    assert registered_urls(run) == []
 
 
 def test_a_step_of_servers_that_ends_is_started_again_beside_the_ranks(
@@ -85,16 +69,16 @@ def test_a_step_of_servers_that_ends_is_started_again_beside_the_ranks(
     hold(run, 2)
     job_id = submit("small", "--servers", "1", *sglang)
     wait_until(lambda: len(steps(run)) == 2, "two steps", START_S)
-    (url,) = urls(run)
+    (url,) = registered_urls(run)
     assert url.startswith("http://node1:")  # the first node serves, the others train
     keeper = cluster.run("pgrep", "-f", "gtpo_megatron serve", node="node1").stdout.split()[-1]
     cluster.run("kill", "-KILL", keeper, node="node1")  # takes nothing back, and the server ends with it
     (run.parents[1] / "hold").unlink()
     job = cluster.wait_for_job(job_id, START_S)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0")
-    check_whole(run)
+    check_served(run, 6)
     assert "the servers ended with 137" in (run / f"slurm-{job_id}.log").read_text()
-    assert urls(run) in (
+    assert registered_urls(run) in (
         [],
         [url],
     )  # the one that was killed is passed over when it has not been heard of for a while

@@ -4,7 +4,7 @@
 
 One process, started in namespaces of its own (mounts, network, host name, processes), is the login node: it runs slurmctld
 and a bridge. Each compute node is one more set of namespaces under it, with its own host name, address on the bridge,
-/dev/shm and process table. So nodes find each other by name, two nodes can use one port, and cutting a node's power is
+/dev/shm and process table, and a second interface, eth1, on another bridge. So nodes find each other by name, two nodes can use one port, and cutting a node's power is
 one kill. The file system is shared, as on a cluster. The network has no way out, and leaves no interface behind.
 
 The login node is process 1 of its namespace and ends when its standard input does: whatever ends this process, also
@@ -40,7 +40,8 @@ PACKAGES = (
     "shellcheck",
 )
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "ip", "unshare", "nsenter", "shellcheck")
-NETWORK = "198.51.100"  # TEST-NET-2: nobody's addresses
+NETWORK = "198.51.100"  # TEST-NET-2: nobody's addresses; eth0, by which Slurm reaches the nodes
+FABRIC = "203.0.113"  # TEST-NET-3; eth1, for the ranks
 LOGIN = "login"
 GPUS = 4  # that each node pretends to have
 NAMESPACES = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -184,6 +185,17 @@ class VirtualSlurm:
             there = [*_enter(self._nodes[node]), *there]
         return [*_enter(self._login.pid), *there]
 
+    @contextlib.contextmanager
+    def process(self, *command: str, node: str) -> Iterator[None]:
+        """A process on a node that has said a line, until the end of this context, when its input ends and it should as well."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started = subprocess.Popen(self.command(*command, node=node), text=True, **pipes)
+        try:
+            assert started.stdout.readline(), f"{command} ended"
+            yield
+        finally:
+            started.communicate(timeout=30)
+
     def power_on(self, node: str) -> None:
         """Start a node."""
         self._nodes[node] = int(self._ask(f"on {node}"))
@@ -193,9 +205,20 @@ class VirtualSlurm:
         self._ask(f"off {node}")
         del self._nodes[node]
 
+    def fabric_address(self, node: str) -> str:
+        """Of its eth1."""
+        return f"{FABRIC}.{10 + self.nodes.index(node) + 1}"
+
+    def pull_cable(self, node: str) -> None:
+        """Of the node's eth1: the interface keeps its address, and nothing comes through."""
+        self.run("ip", "link", "set", _cable(node, "eth1"), "down")
+
+    def plug_in_cable(self, node: str) -> None:
+        self.run("ip", "link", "set", _cable(node, "eth1"), "up")
+
     def job(self, job_id: str | int) -> dict[str, str]:
-        """What `scontrol show job` says, by key."""
-        text = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).stdout
+        """What `scontrol show job` says, by key; of a heterogeneous job, of its first component, or (JOB+1) another."""
+        text = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).stdout.splitlines()[0]
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait_for_job(self, job_id: str | int, timeout_s: float = 240) -> dict[str, str]:
@@ -293,7 +316,8 @@ def _login_node(root: Path) -> None:
     ):
         _sh(f"mount --bind {root / source} {target}")
     _sh(
-        f"ip link set lo up; ip link add br0 type bridge; ip addr add {NETWORK}.1/24 dev br0; ip link set br0 up"
+        f"ip link set lo up; ip link add br0 type bridge; ip addr add {NETWORK}.1/24 dev br0; ip link set br0 up; "
+        "ip link add br1 type bridge; ip link set br1 up"
     )
     _start("slurmctld", "-D")
     print("up", flush=True)
@@ -311,12 +335,19 @@ def _login_node(root: Path) -> None:
 
 
 def _connect(node: str, pid: int) -> None:
-    """A cable from the bridge to the node's eth0."""
+    """A cable from each bridge to the node."""
     own = os.readlink("/proc/self/ns/net")
     while os.readlink(f"/proc/{pid}/ns/net") == own:
         time.sleep(0.01)
-    _sh(f"ip link delete v-{node} 2>/dev/null || true")  # of the node's former life
-    _sh(f"ip link add v-{node} type veth peer name eth0 netns {pid}; ip link set v-{node} master br0 up")
+    for bridge, interface in (("br1", "eth1"), ("br0", "eth0")):
+        cable = _cable(node, interface)
+        _sh(f"ip link delete {cable} 2>/dev/null || true")  # of the node's former life
+        _sh(f"ip link add {cable} type veth peer name {interface} netns {pid}")
+        _sh(f"ip link set {cable} master {bridge} up")
+
+
+def _cable(node: str, interface: str) -> str:
+    return f"{interface}-{node}"
 
 
 def _node(name: str, root: Path) -> None:
@@ -324,7 +355,9 @@ def _node(name: str, root: Path) -> None:
     while "eth0" not in (interface for _, interface in socket.if_nameindex()):
         time.sleep(0.01)
     address = _address(int(name.removeprefix("node")))
+    fabric = f"{FABRIC}.{address.rpartition('.')[2]}"
     _sh(f"ip link set lo up; ip addr add {address}/24 dev eth0; ip link set eth0 up")
+    _sh(f"ip addr add {fabric}/24 dev eth1; ip link set eth1 up")
     (root / f"spool-{name}").mkdir(exist_ok=True)
     _start("slurmd", "-D", "-N", name)
     for _ in _lines_while_reaping(None):
