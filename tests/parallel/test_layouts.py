@@ -33,6 +33,12 @@ LAYOUTS = {
     ),
     "tp2-cp2-sp": (4, dict(tensor=2, context=2, sequence=True), {}),
     "pp2-vpp2-dp2": (4, dict(pipeline=2, virtual_pipeline=2), {}),
+    "pp2-vpp2-dp2-overlapped": (4, dict(pipeline=2, virtual_pipeline=2), dict(overlap_grad_reduce=True)),
+    "pp2-dp2-overlapped-distributed-optimizer": (
+        4,
+        dict(pipeline=2),
+        dict(overlap_grad_reduce=True, distributed_optimizer=True),
+    ),
     "pp2-cp2": (4, dict(pipeline=2, context=2), {}),
     "recompute-full": (1, dict(), dict(recompute="full")),
     "recompute-selective-tp2": (2, dict(tensor=2), dict(recompute="selective")),
@@ -86,11 +92,18 @@ def test_family_on_tp2_pp2(family: str, ranks: RankPool, checkpoint: Callable[[s
         compare(ranks, checkpoint(family), 4, dict(tensor=2, pipeline=2), {}, float64)
 
 
-@pytest.mark.parametrize("world, parallel", [(2, dict(expert=2)), (4, dict(expert=2, pipeline=2))])
+@pytest.mark.parametrize(
+    "world, parallel, options",
+    [
+        (2, dict(expert=2), {}),
+        (4, dict(expert=2, pipeline=2), {}),
+        (4, dict(expert=2), dict(overlap_grad_reduce=True)),
+    ],
+)
 def test_mixture_of_experts(
-    world: int, parallel: dict[str, int], ranks: RankPool, checkpoint: Callable[[str], Path]
+    world: int, parallel: dict[str, int], options: dict, ranks: RankPool, checkpoint: Callable[[str], Path]
 ) -> None:
-    compare(ranks, checkpoint("qwen3_moe"), world, parallel, {}, float64=False)
+    compare(ranks, checkpoint("qwen3_moe"), world, parallel, options, float64=False)
 
 
 def compare(
