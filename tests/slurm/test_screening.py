@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gtpo_megatron.cluster.ranks import hosts
-from tests.slurm.runs import ended, hold, last_line, steps, wait_until
+from gtpo_megatron.cluster.record import SERVERS_JOB
+from tests.slurm.runs import TRAIN, ended, hold, last_line, steps, wait_until
 from tests.slurm.virtual import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
@@ -143,3 +144,30 @@ def test_two_nodes_that_do_not_reach_each_other_are_not_used_together(
     assert "node2" not in hosts(job["NodeList"])
     assert "node2 is unfit: it and 1 of 1 other nodes do not reach each other: node1: " in log
     assert "; requeued without node2" in log
+
+
+def test_a_job_of_servers_goes_elsewhere_when_its_node_is_unfit(
+    cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path, screened: None
+) -> None:
+    with site.open("a") as file:
+        file.write("sbatch_servers: ['--exclude=node[1-2]']\n")
+    cluster.wait_until_idle()  # so that Slurm takes node3
+    broken = recipe.parent / "python"
+    broken.write_text("#!/bin/sh\necho no such model\nexit 1\n")
+    broken.chmod(0o755)
+    words = ("--nodes", "2", "--servers-job", "1", "rollout.engine=sglang", f"rollout.sglang.python={broken}")
+    cluster.run(*TRAIN, "submit", recipe, "--site", site, *words, "--dry-run", environment=environment)
+    run = recipe.parent / "runs" / "small"
+    assert not list(run.glob(f"submissions/*/{SERVERS_JOB}"))
+    with small_disk(cluster, "node3"):
+        command = ("sbatch", "--parsable", run / "submissions/1/serve.sbatch")
+        array = cluster.run(*command, environment=environment).stdout.strip()
+        job = cluster.wait_for_job(f"{array}_1")
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "1", "2:0")
+    log = (run / f"slurm-{job['JobId']}.log").read_text()
+    assert "END failed at step 0: 1 of 1 nodes are unfit, 0 to spare: node3: /dev/shm: 1" in log
+    assert "; requeued without node" in log
+    assert "END mistake: gtpo-megatron: the SGLang server 0 did not start" in log.splitlines()[-1]
+    assert (
+        "screen node4 " in (run / "serving/2/screen.log").read_text()
+    )  # fit, and servers were started there
