@@ -1,6 +1,7 @@
 """From a site and an allocation to the exact files of a job, in the run's own directory."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -188,9 +189,15 @@ def write(job: Job, site: Site, recipe: str, afterwards: Sequence[str] = AFTERWA
         afterwards: sbatch files of commands that follow the run, written beside its own.
 
     Raises:
-        UserError: the project's slurm/ is not beside the package, a folder that the job needs is not in its container, or
-            Slurm refuses the job.
+        UserError: the project's slurm/ is not beside the package, a folder that the job needs is not in its container, the
+            time limit leaves no time to train, or Slurm refuses the job.
     """
+    limit = seconds_of(job.time)
+    if limit is not None and limit <= site.stop_before_s:
+        raise UserError(
+            f"--time {job.time}: {limit} s, and a run is asked to save and stop {site.stop_before_s} s before the limit "
+            "(stop_before_s of the site): it would never train; give it more time"
+        )
     for what, path in (("the run's directory", job.run), ("this folder", job.folder)):
         if not site.container.holds(path):
             raise UserError(
@@ -205,6 +212,21 @@ def write(job: Job, site: Site, recipe: str, afterwards: Sequence[str] = AFTERWA
         yield SITE, site.model_dump_json(indent=1)
 
     return _write_whole(job.run / SUBMISSIONS, files)
+
+
+def seconds_of(limit: str) -> int | None:
+    """Of a time limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]].
+
+    None for anything else, no limit among it: of that Slurm has an opinion of its own.
+    """
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
+        return None
+    days, _, rest = limit.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    if not days and len(numbers) < 3:
+        numbers = [0, *numbers]
+    hours, minutes, seconds = (numbers + [0, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def write_array(job: Job, site: Site, runs: Sequence[Path], at_once: int | None) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from gtpo_megatron.cluster import submission
 from gtpo_megatron.cluster.record import job_ids, read_attempts
 from gtpo_megatron.cluster.site import SITES, Site, load_site
-from gtpo_megatron.cluster.submission import SCRIPTS, Job, script, write
+from gtpo_megatron.cluster.submission import SCRIPTS, Job, script, seconds_of, write
 from gtpo_megatron.errors import UserError
 
 TEMPLATE = (SCRIPTS / "train.sbatch").read_text()
@@ -164,6 +164,29 @@ def test_a_folder_that_is_not_in_the_container_is_refused(job: Job, tmp_path: Pa
     container = {"kind": "pyxis", "image": "i", "mounts": [f"{tmp_path}:/elsewhere"]}
     with pytest.raises(UserError, match="container.mounts: the run's directory"):
         write(job, a_site(container=container), "")
+    assert not (job.run / "submissions").exists()
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("01:00:05", 3605),
+        ("1-2", 93_600),
+        ("1-2:03", 93_780),
+        ("1-02:03:04", 93_784),
+        ("UNLIMITED", None),
+        ("soon", None),
+    ],
+)
+def test_time_limits_are_those_of_sbatch(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused(job: Job) -> None:
+    with pytest.raises(UserError, match="--time 4: 240 s, and a run is asked to save and stop 300 s before"):
+        write(replace(job, time="4"), a_site(), "name: trial\n")
     assert not (job.run / "submissions").exists()
 
 
