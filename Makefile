@@ -27,7 +27,7 @@ NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_mod
 LAYERS_TESTS := tests/policy tests/parallel
 WORKERS ?= 3
 # groups of tests to a process, in the order of tests/conftest.py
-PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
+PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder
 KILLS ?= 20
 PARTS ?=
 FAULTS ?= 40

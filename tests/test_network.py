@@ -93,6 +93,7 @@ def groups_made(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", make)
     monkeypatch.setattr(control, "group", make)
+    monkeypatch.setattr(platform.rollcall, "answer_calls", lambda: None)
     monkeypatch.setattr(model.parallel_state, "initialize_model_parallel", make)
     monkeypatch.setattr(model, "model_parallel_cuda_manual_seed", lambda _: None)
     platform.init_process_group()
