@@ -181,7 +181,8 @@ def importing_bridge() -> Iterator[None]:
     """Let `import megatron.bridge` succeed without Transformer Engine, which some of its modules import at their top.
 
     The stand-ins are in sys.modules only inside the context, and only after megatron.core has looked for the real
-    package, so no code takes them for an installed Transformer Engine.
+    package, so no code takes them for an installed Transformer Engine. Without CUDA the compiler is idle meanwhile, as it is for
+    Megatron-Core: Bridge 0.6 marks a model's functions for it as well.
     """
     if has_transformer_engine():
         yield
@@ -191,13 +192,16 @@ def importing_bridge() -> Iterator[None]:
     import megatron.core.optimizer
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
 
+    from gtpo_megatron.policy import without_cuda
+
     names = ["transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"]
     if importlib.util.find_spec("triton") is None:
         names += ["triton", "triton.language"]
     stand_ins = {name: _stand_in(name) for name in names if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
-        yield
+        with contextlib.nullcontext() if HAS_CUDA else without_cuda.idle_compiler():
+            yield
     finally:
         for name in stand_ins:
             sys.modules.pop(name, None)

@@ -32,8 +32,13 @@ def _import_without_the_compiler() -> None:
     It marks its fused kernels for the compiler, and the local layers call none of them; the mark alone loads Inductor, a
     sixth of the seconds that a rank needs to start.
     """
-    with patch.object(torch, "compile", _as_it_is):
+    with idle_compiler():
         import megatron.core.jit  # noqa: F401  keeps what it finds, for all that is imported later
+
+
+def idle_compiler() -> contextlib.AbstractContextManager[object]:
+    """Inside, `torch.compile` gives back what it is given."""
+    return patch.object(torch, "compile", _as_it_is)
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
