@@ -96,6 +96,8 @@ def test_a_server_that_dies_asleep_costs_no_figure(
     assert ranks.run(1, train_with_a_server_that_dies_asleep, together, 1) == [0]
     check_equal(together, apart)
     assert "-> down" in (together.path / "logs" / "rank-0.log").read_text()
-    # started again with all of its memory: no part of it is resumed before the next step's end
-    assert asked(together, 0).startswith("ugRWuKgR" + "u")
+    # started again with all of its memory: if it is back before the run ends (the other is a quorum), its first call is weights,
+    # and no part of its memory is resumed
+    before, calls = "ugRWuKgR", asked(together, 0)
+    assert calls.startswith(before) and calls[len(before) :][:1] in ("", "u")
     assert asked(together, 1) == "ug" + STEPS * "RWuKg"
