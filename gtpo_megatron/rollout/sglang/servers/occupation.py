@@ -11,7 +11,6 @@ again when the memory is the servers' (`Fleet.allowed`): at the latest before th
 
 import asyncio
 import logging
-from collections.abc import Iterable
 
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
@@ -34,10 +33,8 @@ class Occupation:
         A server that is being started, examined or brought to the current weights is waited for: it cannot be stopped half way.
         """
         fleet = self._fleet
-        fleet.allowed, fleet.gate_open = (
-            NOTHING,
-            False,
-        )  # from here on none is started, none is asked for its health
+        # from here on none is started, none is asked for its health
+        fleet.allowed, fleet.gate_open = NOTHING, False
         await self._updates.begin()
         try:
             while holders := [worker for worker in fleet.workers if _occupies(worker)]:
@@ -69,7 +66,7 @@ class Occupation:
             # Out of its queue as well: what was left there would be sampled when the server goes on, without a cache.
             await self._client.call(worker.url, "/pause_generation", {"mode": "retract"}, patience)
             await self._client.abort(worker.url, None, patience)
-            await self._client.release_memory(worker.url, _sorted(worker.holds), patience)
+            await self._client.release_memory(worker.url, sorted(worker.holds), patience)
         except (ServerFault, Refused) as fault:
             await self._end(worker, str(fault))
         else:
@@ -103,7 +100,3 @@ def _occupies(worker: Worker) -> bool:
     if worker.state == "down":
         return worker.process is not None and worker.process.alive
     return bool(worker.holds)
-
-
-def _sorted(parts: Iterable[Part]) -> list[Part]:
-    return sorted(parts)
