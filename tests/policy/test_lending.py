@@ -109,11 +109,7 @@ def test_steps_between_which_memory_is_lent_are_those_of_a_trainer_that_keeps_it
         np.testing.assert_array_equal(weights[name], expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("family", "world", "parallel"),
-    [("qwen2_tied", 4, {"tensor": 2, "pipeline": 2}), ("qwen3_moe", 2, {"expert": 2})],
-    ids=["tied-tp2-pp2", "experts-ep2"],
-)
+@training.DENSE_AND_EXPERTS
 def test_what_is_lent_lies_elsewhere_with_its_values_and_comes_back(
     ranks: RankPool,
     tiny_checkpoint: Callable[[str], Path],

@@ -54,11 +54,7 @@ def places(config: Any) -> tuple[int, int, int]:
 
 
 @pytest.mark.local_layers("Transformer Engine's Adam rounds otherwise than torch's on the host")
-@pytest.mark.parametrize(
-    ("family", "world", "parallel"),
-    [("qwen2_tied", 4, {"tensor": 2, "pipeline": 2}), ("qwen3_moe", 2, {"expert": 2})],
-    ids=["tied-tp2-pp2", "experts-ep2"],
-)
+@training.DENSE_AND_EXPERTS
 def test_an_update_on_the_host_is_that_on_the_gpu(
     ranks: RankPool,
     tiny_checkpoint: Callable[[str], Path],

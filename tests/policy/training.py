@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from gtpo_megatron.config import RunConfig
@@ -20,6 +21,13 @@ from gtpo_megatron.policy.objective import Objective, Report  # noqa: E402
 from gtpo_megatron.policy.optimizer import Optimizer, apply_update, build_optimizer  # noqa: E402
 from gtpo_megatron.policy.step import forward_backward, pack  # noqa: E402
 from gtpo_megatron.trajectories.record import Trajectory  # noqa: E402
+
+# for tests whose parameters are a family of models, a number of ranks and a layout: tied embeddings over stages, and experts
+DENSE_AND_EXPERTS = pytest.mark.parametrize(
+    ("family", "world", "parallel"),
+    [("qwen2_tied", 4, {"tensor": 2, "pipeline": 2}), ("qwen3_moe", 2, {"expert": 2})],
+    ids=["tied-tp2-pp2", "experts-ep2"],
+)
 
 
 def run_config(directory: Path, checkpoint_path: Path, **sections: Any) -> RunConfig:
