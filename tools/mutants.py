@@ -28,6 +28,7 @@ HEAD_TESTS = (
     "tests/policy/test_head_tensor_parallel.py",
     "tests/policy/test_head_reference_entropy.py",
 )
+RUN_TESTS = ("tests/run/test_batches.py", "tests/run/test_rounds.py", "tests/run/test_ahead.py")
 # a file or folder of the package -> the tests that are to notice
 TESTS: dict[str, tuple[str, ...]] = {
     "algorithm": ("tests/algorithm",),
@@ -36,8 +37,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "policy/head/tiles.py": HEAD_TESTS,
     "policy/head/torch_head.py": HEAD_TESTS,
     "policy/objective.py": ("tests/policy/test_objective.py",),
-    "run/batches.py": ("tests/run/test_batches.py", "tests/run/test_ahead.py"),
-    "run/rounds.py": ("tests/run/test_batches.py", "tests/run/test_ahead.py"),
+    "run/batches.py": RUN_TESTS,
+    "run/rounds.py": RUN_TESTS,
     "run/queue.py": ("tests/run/test_queue.py",),
     "rollout/collect.py": ("tests/rollout/test_collect.py",),
 }

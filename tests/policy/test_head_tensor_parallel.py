@@ -12,6 +12,7 @@ from tests.parallel.pool import RankPool
 
 pytestmark = pytest.mark.local_layers("there are none")
 ROWS, WIDTH, VOCABULARY, PADDED = 23, 8, 90, 128
+BORDERS = (0, 31, 32, 63, 64, VOCABULARY - 1)  # first and last ids of shards on 2 and 4 ranks
 
 
 def make(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -19,6 +20,7 @@ def make(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]
     hidden = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(PADDED, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(VOCABULARY, (rows,), generator=generator)
+    targets[: len(BORDERS)] = torch.tensor(BORDERS)[:rows]
     return hidden, weight, targets, torch.randn(2, rows, generator=generator).to(dtype)
 
 

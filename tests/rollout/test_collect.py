@@ -182,7 +182,8 @@ def test_solutions(tokenizer: PreTrainedTokenizerFast) -> None:
     assert t.text == "<reasoning>\none and one\n</reasoning>\n<answer>\n2\n</answer>"
     assert t.token_ids[-1] == EOS_ID
     assert t.prompt_ids.tolist() == [5, 6]
-    assert t.length == len(t.logprobs) == len(t.token_versions)
+    assert t.logprobs.tolist() == [0.0] * t.length
+    assert t.token_versions.tolist() == [-1] * t.length  # no weights sampled them
 
 
 def gathered(fails: int | None) -> list[tuple[int, int]] | str:

@@ -8,7 +8,8 @@ from gtpo_megatron.data.prompts import Prompt
 from gtpo_megatron.data.sampler import PromptSampler
 from gtpo_megatron.errors import UserError
 from tests.parallel.pool import RankPool
-from tests.run.test_batches import Engine, ids_of, light_run, replaced_and_killed
+from tests.run.light_run import Engine, ids_of, light_run
+from tests.run.test_rounds import replaced_and_killed
 
 MANY = 400
 

@@ -1,121 +1,18 @@
 """Batches in order: sampled now, ahead, or read back; no prompt is lost or taken twice."""
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from gtpo_megatron.data.prompts import Prompt
 from gtpo_megatron.data.sampler import PromptSampler
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.rewards.pool import Score
-from gtpo_megatron.rollout.protocol import Completion, Group, PromptRequest, SamplingParams
-from gtpo_megatron.trajectories.store import TrajectoryStore
+from gtpo_megatron.rollout.protocol import Group, PromptRequest, SamplingParams
 from tests.parallel.pool import RankPool
-from tests.tiny_models import tiny_tokenizer
-from tests.training_jobs import small_run
-
-PROMPTS = 20  # an epoch: ten steps of two prompts
-
-
-class Engine:
-    """Gives each prompt completions of random tokens, but an error to `fails_at`, counted in calls.
-
-    With more than one batch ahead it is rank 0's alone.
-    """
-
-    def __init__(self, fails_at: int | None = None, ahead: int = 0) -> None:
-        self.calls, self.fails_at, self.version = 0, fails_at, 0
-        self.on_every_rank = ahead < 2
-
-    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
-        self.calls += 1
-        if self.calls - 1 == self.fails_at:
-            raise UserError("no server left")
-        for request in requests:
-            random = np.random.default_rng(request.seed)
-            yield Group(request, tuple(self.complete(random) for _ in range(params.n)))
-
-    def complete(self, random: np.random.Generator) -> Completion:
-        ids = random.integers(3, 300, 6).astype(np.int32)
-        versions = np.full(6, self.version, np.int32)
-        return Completion(ids, np.zeros(6, np.float32), versions, "length", 0.0)
-
-    def abort_all(self, *, for_good: bool = False) -> None:
-        """Nothing is under way for long."""
-
-
-class Rewards:
-    """Pays the characters of a completion; nothing for the prompts of odd number where `picky`."""
-
-    def __init__(self, picky: bool) -> None:
-        self.picky = picky
-
-    def submit(self, items: Sequence[tuple[str, str, str]]) -> Any:
-        scores = [
-            Score(len(set(text)) * (not (self.picky and int(answer) % 2)), {}) for text, answer, _ in items
-        ]
-        return SimpleNamespace(result=lambda: scores)
-
-    def check(self, scores: Sequence[Score]) -> None:
-        """None fails."""
-
-
-class Signals:
-    """A run's, without signals: asked to stop when a test says so."""
-
-    asked = False
-
-    def cut_short(self, own: bool) -> bool:
-        from gtpo_megatron import control
-
-        return control.agree(own) is not None
-
-
-def light_run(directory: Path, engine: Engine, step: int = 0, picky: bool = False, **rollout: Any) -> Any:
-    """As much of a run as `Batches` needs."""
-    from gtpo_megatron.run.queue import EngineQueue
-    from gtpo_megatron.run.run import Run
-
-    config = small_run(directory, "run", directory, directory, rollout=rollout, training={"steps": 6})
-    run = SimpleNamespace(
-        config=config,
-        step=step,
-        engine=engine,
-        queue=EngineQueue(),
-        rewards=Rewards(picky),
-        tokenizer=tiny_tokenizer(),
-        store=TrajectoryStore(directory / "trajectories"),
-        sampler=PromptSampler(PROMPTS, 0, True, "fingerprint"),
-        prompts=SimpleNamespace(
-            prompts=tuple(Prompt(f"row-{i}", f"question {i}", str(i), None, (i + 3,)) for i in range(PROMPTS))
-        ),
-        sampling_params=SamplingParams(n=config.rollout.group_size, max_new_tokens=6),
-        stage=lambda name: nullcontext(),
-        signals=Signals(),
-    )
-    run.next_prompts = lambda *args, **options: Run.next_prompts(run, *args, **options)
-    return run
-
-
-def ids_of(batch: Sequence[Any]) -> list[str]:
-    return [t.prompt_id for t in batch if t.index == 0]
-
-
-def in_order(directory: Path, staleness: int) -> list[list[str]]:
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, Engine(ahead=staleness), staleness=staleness)
-    taken = []
-    with Batches(run) as batches:
-        for run.step in range(6):
-            taken.append(ids_of(batches.next()))
-    assert run.store.steps() == list(range(6))
-    return taken
+from tests.run.light_run import PROMPTS, Engine, Signals, ids_of, in_order, light_run, said
 
 
 def test_sampling_ahead_takes_the_same_prompts(ranks: RankPool, tmp_path: Path) -> None:
@@ -123,6 +20,112 @@ def test_sampling_ahead_takes_the_same_prompts(ranks: RankPool, tmp_path: Path) 
     assert taken[0] == taken[1] == taken[2]
     everything = [prompt for batch in taken[0] for prompt in batch]
     assert len(set(everything)) == len(everything) == 12
+
+
+def settled_each_step(directory: Path, staleness: int) -> tuple[list[list[str]], list[list[int]]]:
+    """What each of six steps takes, and the batches that are stored once it has settled."""
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(ahead=staleness), staleness=staleness)
+    taken, stored = [], []
+    with Batches(run) as batches:
+        for run.step in range(6):
+            taken.append(ids_of(batches.next()))
+            batches.settle()
+            stored.append(run.store.steps())
+    return taken, stored
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_no_more_is_sampled_ahead_than_staleness_and_the_steps_of_a_run_allow(
+    ranks: RankPool, tmp_path: Path, staleness: int
+) -> None:
+    expected = ranks.run(1, in_order, tmp_path / "whole", 0)[0]
+    ((taken, stored),) = ranks.run(1, settled_each_step, tmp_path / "settled", staleness)
+    assert taken == expected  # a batch that is read back does not set the sampler back
+    assert stored == [list(range(min(step + 1 + staleness, 6))) for step in range(6)]
+
+
+class HeldEngine(Engine):
+    """Samples no batch ahead before it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(ahead=3)
+        self.let_go = threading.Event()
+        self.prompts: list[tuple[int, ...]] = []
+
+    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
+        if self.calls:
+            assert self.let_go.wait(60)
+        self.prompts += [request.prompt_ids for request in requests]
+        yield from super().generate(requests, params)
+
+
+def held(directory: Path) -> tuple[int, list[tuple[int, ...]]]:
+    """With three batches ahead: threads that sample, and the prompts in the order in which they are sampled."""
+    from gtpo_megatron.run.batches import Batches
+
+    engine = HeldEngine()
+    with Batches(light_run(directory, engine, staleness=3)) as batches:
+        batches.next()
+        threads = sum(thread.name.startswith("rollout") for thread in threading.enumerate())
+        engine.let_go.set()
+        batches.settle()
+    return threads, engine.prompts
+
+
+def test_batches_ahead_are_sampled_one_after_the_other(ranks: RankPool, tmp_path: Path) -> None:
+    ((threads, prompts),) = ranks.run(1, held, tmp_path)
+    assert threads == 1
+    assert prompts == [(index + 3,) for index in PromptSampler(PROMPTS, 0, True).next(8)]
+
+
+def left_with_batches_ahead(directory: Path, staleness: int) -> tuple[int, float, float, float]:
+    """Two steps with an engine on rank 0 alone: how often it was told to abort; tokens and seconds of the first batch; seconds in all."""
+    import torch.distributed as dist
+
+    from gtpo_megatron.run.batches import Batches
+
+    engine = Engine(ahead=2)
+    run = light_run(directory, engine, staleness=staleness)
+    if dist.get_rank():
+        run.engine = None
+    started = time.perf_counter()
+    with Batches(run) as batches:
+        for run.step in range(2):
+            batches.next()
+        sampled = batches.sampled(0)
+        assert batches.sampled(0) is None  # it is handed out once
+    seconds = time.perf_counter() - started
+    return engine.aborted, *((sampled.amount, sampled.seconds) if sampled else (0, 0)), seconds
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_leaving_aborts_what_is_under_way_and_only_that(
+    ranks: RankPool, tmp_path: Path, staleness: int
+) -> None:
+    first, second = ranks.run(2, left_with_batches_ahead, tmp_path, staleness)
+    aborted, tokens, seconds, whole = first
+    assert (aborted, tokens) == (staleness, 2 * 4 * 6)
+    assert 0 < seconds < whole
+    assert second[:3] == (0, 0, 0)
+
+
+def of_the_data_set(directory: Path) -> list[tuple[str, int, str]]:
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine())
+    algorithm = run.config.algorithm.model_copy(update={"name": "sft"})
+    run.config = run.config.model_copy(update={"algorithm": algorithm})
+    with Batches(run) as batches:
+        return [(t.prompt_id, t.step, t.finish_reason) for t in batches.next()]
+
+
+def test_supervised_batches_are_the_data_sets_own_on_rank_zero(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, of_the_data_set, tmp_path)
+    order = PromptSampler(PROMPTS, 0, True).next(4)
+    assert first == [(f"row-{index}", 0, "data") for index in order]
+    assert second == []
 
 
 def interrupted(directory: Path, settle: bool) -> tuple[list[list[str]], list[list[str]], list[int], int]:
@@ -210,6 +213,47 @@ def test_a_signal_during_sampling_drops_the_batch_on_all_ranks_and_loses_no_prom
     assert [begun for _, begun, _ in answers] == [at] * world
 
 
+def asked_when_it_is_whole(directory: Path, oversample: float) -> list[str]:
+    from gtpo_megatron.run.batches import Batches
+
+    run = light_run(directory, Engine(), oversample=oversample)
+    run.signals.asked = True
+    with Batches(run) as batches:
+        return ids_of(batches.next())
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+def test_a_batch_that_is_whole_is_kept_when_a_signal_comes(
+    ranks: RankPool, tmp_path: Path, oversample: float
+) -> None:
+    (taken,) = ranks.run(1, asked_when_it_is_whole, tmp_path, oversample)
+    assert taken == [f"row-{index}" for index in PromptSampler(PROMPTS, 0, True).next(2)]
+
+
+def failed_beside_a_stop(directory: Path) -> tuple[str, list[str]]:
+    """A step in which sampling fails on rank 0 while a signal cuts it short on rank 1: how it ends, and what is logged."""
+    import torch.distributed as dist
+
+    from gtpo_megatron.run.batches import Batches
+    from gtpo_megatron.run.signals import Interrupted
+
+    run = light_run(directory, Engine(fails_at=0))
+    if dist.get_rank() == 1:
+        run.engine = StoppedEngine(run.signals, 0, 0)
+    with Batches(run) as batches, said() as messages, pytest.raises(Interrupted) as end:
+        batches.next()
+    return str(end.value), messages
+
+
+def test_an_error_beside_a_stop_is_reported_where_it_happened(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, failed_beside_a_stop, tmp_path)
+    assert first == (
+        "sampling was cut short on another rank",
+        ["dropped with the batch that the stop cut short: no server left"],
+    )
+    assert second == ("step 1: sampling was cut short", [])
+
+
 def failing_ahead(directory: Path) -> tuple[list[str], str, dict[str, Any], dict[str, Any]]:
     from gtpo_megatron.run.batches import Batches
 
@@ -236,152 +280,6 @@ def test_an_error_of_sampling_ahead_reaches_its_step_and_loses_no_prompt(
         sampler.load_state_dict(sampler_state)
         orders.append(sampler.next(PROMPTS))
     assert orders[0] == orders[1]
-
-
-def oversampled(directory: Path, staleness: int, restart_at: int | None) -> list[list[str]]:
-    """The prompts of six batches of the two of three groups that finish first: the second and the third."""
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, LateEngine(), oversample=1.5, staleness=staleness)
-    taken = []
-    with Batches(run) as batches:
-        for run.step in range(6 if restart_at is None else restart_at):
-            taken.append(ids_of(batches.next()))
-        state = batches.sampler_state
-    if restart_at is not None:
-        run = light_run(directory, LateEngine(), restart_at, oversample=1.5, staleness=staleness)
-        run.sampler.load_state_dict(state)
-        with Batches(run) as batches:
-            for run.step in range(restart_at, 6):
-                taken.append(ids_of(batches.next()))
-    return taken
-
-
-class LateEngine(Engine):
-    """Finishes a prompt last that it has not seen before, the first of them the very last."""
-
-    def __init__(self) -> None:
-        super().__init__(ahead=2)
-        self.seen: set[tuple[int, ...]] = set()
-
-    def generate(self, requests: Sequence[PromptRequest], params: SamplingParams) -> Iterator[Group]:
-        late = [r for r in requests if r.prompt_ids not in self.seen]
-        self.seen |= {r.prompt_ids for r in requests}
-        return super().generate([r for r in requests if r not in late] + late[::-1], params)
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 2])
-def test_prompts_that_oversampling_left_unfinished_come_again(
-    ranks: RankPool, tmp_path: Path, staleness: int
-) -> None:
-    (taken,) = ranks.run(1, oversampled, tmp_path / "whole", staleness, None)
-    everything = [prompt for batch in taken for prompt in batch]
-    assert len(set(everything)) == len(everything) == 12
-    order = PromptSampler(PROMPTS, 0, True).next(13)
-    assert len({f"row-{i}" for i in order} - set(everything)) == 1  # the one that was put back last
-    for restart_at in (1, 3):
-        directory = tmp_path / f"restart-{restart_at}"
-        (again,) = ranks.run(1, oversampled, directory, staleness, restart_at)
-        everything = [prompt for batch in again for prompt in batch]
-        assert len(set(everything)) == len(everything) == 12
-
-
-def replaced(directory: Path, rounds: int) -> tuple[list[Any], int]:
-    from gtpo_megatron.run.batches import Batches
-
-    engine = Engine()
-    dynamic = {"enabled": True, "max_rounds": rounds}
-    run = light_run(directory, engine, picky=True, dynamic_sampling=dynamic, prompts_per_step=4)
-    with Batches(run) as batches:
-        return batches.next(), engine.calls
-
-
-def test_groups_without_signal_are_replaced_for_some_rounds(ranks: RankPool, tmp_path: Path) -> None:
-    ((batch, calls),) = ranks.run(1, replaced, tmp_path / "many", 8)
-    assert calls > 1
-    assert [(t.group, t.index) for t in batch] == [(g, i) for g in range(4) for i in range(4)]
-    assert all(int(t.answer) % 2 == 0 for t in batch)
-    assert all(any(t.advantage for t in batch if t.group == g) for g in range(4))
-    ((_, calls_of_one),) = ranks.run(1, replaced, tmp_path / "one", 1)
-    assert calls_of_one == 2
-
-
-def on_several_ranks(directory: Path, rollout: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Three batches, as (prompt, group, index, tokens, advantage), and where the sampler stands behind them."""
-    from gtpo_megatron.run.batches import Batches
-
-    run = light_run(directory, Engine(), picky=True, **rollout)
-    taken = []
-    with Batches(run) as batches:
-        for run.step in range(3):
-            batch = batches.next()
-            taken += [(t.prompt_id, t.group, t.index, t.token_ids.tolist(), t.advantage) for t in batch]
-    return taken, run.sampler.state_dict()
-
-
-@pytest.mark.parametrize(
-    "rollout",
-    [
-        {},
-        {"dynamic_sampling": {"enabled": True, "max_rounds": 3}, "prompts_per_step": 4},
-        {"staleness": 1, "prompts_per_step": 4},
-    ],
-)
-def test_several_ranks_make_the_batches_of_one_on_rank_zero(
-    ranks: RankPool, tmp_path: Path, rollout: dict[str, Any]
-) -> None:
-    ((alone, state),) = ranks.run(1, on_several_ranks, tmp_path / "one", rollout)
-    assert len(alone) == 3 * 4 * rollout.get("prompts_per_step", 2)
-    several = ranks.run(3, on_several_ranks, tmp_path / "three", rollout)
-    assert [batch for batch, _ in several] == [alone, [], []]
-    assert [found for _, found in several] == [state] * 3  # prompts are taken alike everywhere
-
-
-def replaced_and_killed(
-    directory: Path, staleness: int, killed_at: int | None
-) -> tuple[list[list[str]], int]:
-    """The prompts of three batches of two groups with signal; a new process goes on from the start with what is stored."""
-    from gtpo_megatron.run.batches import Batches
-
-    def run_of(step: int) -> Any:
-        dynamic = {"enabled": True, "max_rounds": 8}
-        run = light_run(
-            directory,
-            Engine(ahead=staleness),
-            step,
-            picky=True,
-            staleness=staleness,
-            dynamic_sampling=dynamic,
-        )
-        run.sampler = PromptSampler(400, 0, True, "fingerprint")
-        questions = (Prompt(f"row-{i}", f"question {i}", str(i), None, (i + 3,)) for i in range(400))
-        run.prompts = SimpleNamespace(prompts=tuple(questions))
-        return run
-
-    def walk(run: Any, last: int) -> list[list[str]]:
-        with Batches(run) as batches:
-            taken = []
-            for run.step in range(last):
-                taken.append(ids_of(batches.next()))
-        return taken
-
-    if killed_at is not None:
-        walk(run_of(0), killed_at)
-    run = run_of(0)
-    return walk(run, 5), run.sampler.state_dict()["position"]
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 2])
-def test_replacements_are_not_taken_again_after_a_crash(
-    ranks: RankPool, tmp_path: Path, staleness: int
-) -> None:
-    ((whole, position),) = ranks.run(1, replaced_and_killed, tmp_path / "whole", staleness, None)
-    assert position > 10  # some were replaced
-    assert len({prompt for batch in whole for prompt in batch}) == 10
-    for killed_at in (1, 2, 3):
-        directory = tmp_path / f"killed-{killed_at}"
-        ((again, reached),) = ranks.run(1, replaced_and_killed, directory, staleness, killed_at)
-        assert (again, reached) == (whole, position)
 
 
 def another_steps_file(directory: Path) -> str:

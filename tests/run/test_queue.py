@@ -10,7 +10,7 @@ import pytest
 from gtpo_megatron.rollout.protocol import Group, PromptRequest, SamplingParams
 from gtpo_megatron.run.queue import EngineQueue, Job, Place
 from tests.parallel.pool import RankPool
-from tests.run.test_batches import Engine, ids_of, light_run
+from tests.run.light_run import Engine, ids_of, light_run
 
 LIMIT_S = 30.0  # for what happens at once
 
