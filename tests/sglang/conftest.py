@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 START_S = 400.0
 IMPATIENT = Timing(
     health_interval_s=1.0,
+    health_pause_s=0.3,
     health_timeout_s=8.0,
     health_failures=2,
     drain_s=20.0,

@@ -18,7 +18,7 @@ def main() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)  # so that a server with the checkpoint's weights would show
     config = SGLangConfig(servers=1, python=python, start_timeout_s=400, api_key="env:OWNED_KEY", router=True)
-    timing = Timing(health_interval_s=1.0, health_timeout_s=8.0, health_failures=2)
+    timing = Timing(health_interval_s=1.0, health_pause_s=0.3, health_timeout_s=8.0, health_failures=2)
     engine = SGLangEngine(config, checkpoint, "fp32", Path(logs), "cpu", timing)
     engine.update_weights(model.state_dict().items(), 0)
     step = 0

@@ -26,7 +26,14 @@ T = TypeVar("T")
 Health = Literal["well", "erring", "hung", "dead"]
 LATENCY_S = 0.01
 ON_DISK = "what the checkpoint holds"
-TIMING = Timing(health_interval_s=2.0, health_timeout_s=4.0, drain_s=5.0, control_s=3.0, transfer_s=6.0)
+TIMING = Timing(
+    health_interval_s=2.0,
+    health_pause_s=0.5,
+    health_timeout_s=4.0,
+    drain_s=5.0,
+    control_s=3.0,
+    transfer_s=6.0,
+)
 
 
 class _Clock(selectors.DefaultSelector):
@@ -164,6 +171,9 @@ class ScriptedClient:
     async def info(self, url: str, timeout_s: float = 30.0) -> ServerInfo:
         server = await self.reach(url, "/model_info", timeout_s)
         return ServerInfo(server.ranks, server.version)
+
+    async def weight_version(self, url: str, timeout_s: float) -> str:
+        return (await self.info(url, timeout_s)).weight_version
 
     async def abort(self, url: str, rid: str | None, timeout_s: float = 10.0) -> None:
         await self.reach(url, "/abort_request", timeout_s)

@@ -148,7 +148,9 @@ def test_a_server_that_answers_garbage_is_left_out_until_it_does_not(
     checkpoint = tiny_checkpoint("qwen3")
     erring, other = Garbling(path, answer), Receiver(limit_s=LIMIT_S)
     config = SGLangConfig(urls=(erring.url, other.url))
-    timing = Timing(collective_s=LIMIT_S, backoff_s=0.05, gather_s=0.05, health_interval_s=0.1)
+    timing = Timing(
+        collective_s=LIMIT_S, backoff_s=0.05, gather_s=0.05, health_interval_s=0.1, health_pause_s=0.05
+    )
     with closing(SGLangEngine(config, str(checkpoint), "fp32", checkpoint / "logs", "cpu", timing)) as engine:
         if path == "/init_weights_update_group":
             erring.garbles.set()

@@ -101,6 +101,25 @@ def test_a_group_stays_on_its_server_up_to_an_imbalance() -> None:
     scenario(play)
 
 
+def test_health_costs_no_more_calls_with_more_servers_and_leaves_those_alone_that_answer() -> None:
+    async def play(running: Rehearsal) -> None:
+        begun, minute = asyncio.get_running_loop().time(), 60.0
+        busy = running.fleet.workers[0]
+        while asyncio.get_running_loop().time() < begun + minute:
+            await running.fleet.acquire(busy, first=False)
+            await running.fleet.run(busy, lambda url: running.client.generate(url, 1.0))
+        asked = [
+            (index, path)
+            for index in range(40)
+            for time, path in running.server(index).asked
+            if time >= begun and path in ("/health", "/model_info")
+        ]
+        assert minute / TIMING.health_pause_s * 1.9 < len(asked) <= minute / TIMING.health_pause_s * 2
+        assert {index for index, _ in asked} == set(range(1, 40))  # all but the one that answers requests
+
+    scenario(play, count=40)
+
+
 def test_one_mistake_in_the_program_reaches_those_who_wait() -> None:
     async def play() -> None:
         running = Rehearsal(1, TIMING)

@@ -134,6 +134,14 @@ class Client:
                 f"{url}/server_info lacks tp_size or weight_version: {str(answer)[:200]}"
             ) from error
 
+    async def weight_version(self, url: str, timeout_s: float) -> str:
+        """The name of the weights that a server says it holds."""
+        answer = await self.call(url, "/model_info", None, timeout_s)
+        try:
+            return str(answer["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise ServerFault(f"{url}/model_info lacks weight_version: {str(answer)[:200]}") from error
+
     async def generate(
         self, url: str, prompt_ids: Sequence[int], params: SamplingParams, max_new_tokens: int, rid: str
     ) -> Sample:

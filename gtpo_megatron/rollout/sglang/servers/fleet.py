@@ -124,6 +124,7 @@ class Fleet:
                 self._ready_at = clock()
             elif clock() - self._ready_at > self._config.no_server_timeout_s:
                 self._fail_waiters(self.no_server())
+                self._ready_at = clock()  # who comes later has the same time
             await asyncio.sleep(0.2)
 
     def note_shortage(self) -> str:
@@ -178,7 +179,7 @@ class Fleet:
             answer = await self.ask(worker, send(routed or worker.url), on_fault)
         finally:
             self.release(worker)
-        worker.faults = 0
+        worker.faults, worker.heard_at = 0, asyncio.get_running_loop().time()
         return answer
 
     async def ask(

@@ -11,6 +11,7 @@ from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.sglang.client import Client
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
+from gtpo_megatron.rollout.sglang.servers.health import Health
 from gtpo_megatron.rollout.sglang.servers.launch import Launch, end_all, first_gpu
 from gtpo_megatron.rollout.sglang.servers.model import ServedModel
 from gtpo_megatron.rollout.sglang.servers.occupation import Occupation
@@ -44,6 +45,7 @@ class Pool:
         self.updates = Updates(self.fleet, client, link, config, timing)
         self.occupation = Occupation(self.fleet, self.updates, client, timing)
         self._supervision = Supervision(self.fleet, self.updates, client, launch, config, timing, model)
+        self._health = Health(self.fleet, client, timing)
         self._tasks: dict[object, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
@@ -54,7 +56,8 @@ class Pool:
         else:
             for _ in range(self.config.servers):
                 self._add("", owned=True)
-        self._spawn(self, self.fleet.watch_waiters())
+        self._spawn("waiters", self.fleet.watch_waiters())
+        self._spawn("health", self._health.watch())
         if self.config.urls_file or self.config.urls_dir:
             self._spawn("urls", self._follow_urls())
         if self.router is not None:

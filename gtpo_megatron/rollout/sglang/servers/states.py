@@ -34,7 +34,8 @@ MOVES: dict[State, frozenset[State]] = {
 class Timing:
     """How patient the pool is; seconds."""
 
-    health_interval_s: float = 5.0
+    health_interval_s: float = 5.0  # of silence, before a server is asked
+    health_pause_s: float = 2.0  # between two that are asked, with two calls each: a call a second in all
     health_timeout_s: float = 25.0  # SGLang's own check gives up after 20
     health_failures: int = 3  # in a row, before a server that does not answer is given up
     drain_s: float = 60.0  # for aborted requests to come back before an update
@@ -63,6 +64,8 @@ class Worker:
     inflight: int = 0
     faults: int = 0  # in a row
     holds: frozenset[Part] = WHOLE  # of its memory; less only where trainer and servers take turns
+    heard_at: float = 0.0  # when it was last asked or answered a request, by the event loop's clock
+    idle: bool = False  # nothing is done to it but sampling
     checking: bool = False  # its health is asked for, by a request that it samples
     reason: str = "is starting"
     trouble: str = ""  # why it was last taken out

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from gtpo_megatron.config import SGLangConfig
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault, ServerInfo
@@ -10,6 +11,8 @@ from gtpo_megatron.rollout.sglang.servers.launch import Launch
 from gtpo_megatron.rollout.sglang.servers.model import OtherModel, ServedModel
 from gtpo_megatron.rollout.sglang.servers.states import WHOLE, State, Timing, Worker
 from gtpo_megatron.rollout.sglang.servers.updates import Updates
+
+DEATH_POLL_S = 0.5
 
 
 class Supervision:
@@ -142,33 +145,16 @@ class Supervision:
             await self._watch(worker)
 
     async def _watch(self, worker: Worker) -> None:
-        """Sleep until something happens or the next check is due; check."""
-        fleet, timing = self._fleet, self._timing
+        """Sleep until something happens; a process of our own may end without a word. `Health` asks how the server is."""
         worker.wake.clear()
-        state = worker.state
-        waited = 0.0
-        while waited < timing.health_interval_s and not worker.wake.is_set():
-            if worker.died:
-                return fleet.lose(worker, worker.died)
-            pause = min(0.5, timing.health_interval_s)
-            try:
-                async with asyncio.timeout(
-                    pause
-                ):  # wait_for swallows an end (Python 3.11) that comes with the event
-                    await worker.wake.wait()
-            except TimeoutError:
-                waited += pause
-        if worker.wake.is_set() or worker.state != state or not fleet.gate_open:
-            return  # a paused server does not answer health checks
-        worker.checking = True
+        worker.idle = True
         try:
-            well = await self._client.healthy(f"{worker.url}/health", timing.health_timeout_s)
+            while not worker.wake.is_set():
+                if worker.died:
+                    return self._fleet.lose(worker, worker.died)
+                # wait_for swallows an end (Python 3.11) that comes with the event
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(DEATH_POLL_S if worker.owned else None):
+                        await worker.wake.wait()
         finally:
-            worker.checking = False
-        if not well:
-            if fleet.gate_open and worker.state == state:
-                fleet.move(worker, "suspect", "health check failed")
-        elif state == "ready":
-            held = (await self._client.info(worker.url, timing.health_timeout_s)).weight_version
-            if held != fleet.tag and fleet.gate_open:
-                fleet.outdated(worker, held)
+            worker.idle = False
