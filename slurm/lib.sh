@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the sbatch files here share; sourced, never run by itself. In the order of a job:
-#   begin_attempt, load_modules, need_file, screen_nodes, servers_key, place_steps, keep_servers, run_step, end_servers, end_attempt (or end_command)
+#   begin_attempt, load_modules, need_file, screen_nodes, servers_key, place_steps, keep_servers, run_step, end_servers (or forget_servers), end_attempt (or end_command)
 #
 # What it leaves in the run's directory:
 #   attempts/1, 2, ...   one folder an attempt: srun.log (what Slurm said), rank-0.log, rank-1.log, ..., server-0.log, ...
@@ -244,6 +244,7 @@ place_steps() {
 keep_servers() {
   local retries=$1
   shift
+  forget_servers # of an attempt whose first node was lost
   trap 'interrupted=1' USR2
   (
     trap 'kill "$!" 2>/dev/null; wait; exit 0' TERM
@@ -272,7 +273,15 @@ end_servers() {
   if [ -n "${keeper:-}" ]; then
     kill "$keeper" 2>/dev/null
     wait "$keeper"
+    forget_servers
   fi
+}
+
+# forget_servers: takes back the names of this job's servers that were killed before they could (gtpo_megatron/registry.py).
+forget_servers() {
+  local name names=(-e "\"job_id\": \"$SLURM_JOB_ID\"")
+  for name in "${!SLURM_JOB_ID_HET_GROUP_@}"; do names+=(-e "\"job_id\": \"${!name}\""); done
+  grep -l -s -F "${names[@]}" "$run_dir"/servers/*.json | xargs -r rm -f --
 }
 
 # watch_ranks SRUN_PID SECONDS: ends the step when a rank, once it has begun, gives no sign of life for so long

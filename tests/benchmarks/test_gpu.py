@@ -60,13 +60,14 @@ def test_steps_and_export_are_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_every_part_is_rehearsed(tmp_path: Path) -> None:
+def test_every_other_part_is_rehearsed(gpu: Any, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    done = rehearse(output)
+    others = [part.name for part in gpu.PARTS if part.name not in ("steps", "weights")]
+    done = rehearse(output, *others)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {part["part"]: part for part in json.loads(output.read_text())["parts"]}
     left_out = {name for name, part in parts.items() if part["status"] == "left out"}
-    assert len(parts) == 9 and left_out <= {"transfer", "together"}
+    assert list(parts) == others and left_out <= {"transfer", "together"}
     assert "all equal" in parts["resume"]["result"]["bf16"]
     assert parts["quickstart"]["result"]["steps"] == 2
 

@@ -24,7 +24,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 port = int(sys.argv[sys.argv.index("--port") + 1])
-print("arguments", *sys.argv)
+print("arguments", *sys.argv, flush=True)
 http.server.HTTPServer(("0.0.0.0", port), Answer).serve_forever()
 """
 Serving = subprocess.Popen[str]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.registry import STALE_S
 from gtpo_megatron.run.directory import read_status
 from tests.slurm.runs import (
     TRAIN,
@@ -117,5 +116,4 @@ def test_a_run_with_a_real_server_is_stopped_and_goes_on(
     assert last_line(run, job_id).endswith("END complete at step 6")
     assert len(list((run / "attempts/2").glob("rank-*.log"))) == 4
     check_served(run, 6)
-    # one that was killed before it had taken its name back is not heard of any more after a while
-    wait_until(lambda: registered_urls(run) == [], "no server is heard of", STALE_S + START_S)
+    assert registered_urls(run) == []
