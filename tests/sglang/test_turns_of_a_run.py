@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 
 from gtpo_megatron.config import RunConfig
+from gtpo_megatron.errors import COMPLETE, STOPPED
 from gtpo_megatron.run.metrics import read_metrics
 from tests.parallel.pool import RankPool
 from tests.sglang import memory_server
-from tests.sglang.training_job import run_config, train, train_with_a_server_that_dies_asleep
+from tests.sglang.training_job import (
+    run_config,
+    train,
+    train_stopped_in,
+    train_with_a_server_that_dies_asleep,
+)
 
 STEPS = 3
 ELSEWHERE = re.compile("seconds/|speed/|memory/|tokens_per_second|time")
@@ -101,3 +107,19 @@ def test_a_server_that_dies_asleep_costs_no_figure(
     before, calls = "ugRWuKgR", asked(together, 0)
     assert calls.startswith(before) and calls[len(before) :][:1] in ("", "u")
     assert asked(together, 1) == "ug" + STEPS * "RWuKg"
+
+
+@pytest.mark.parametrize(
+    ("turn", "count", "rank"), [("training", 2, 0), ("weights", 2, 1), ("sampling", 2, 0)]
+)
+def test_a_run_that_is_stopped_within_a_turn_goes_on_as_if_it_was_not(
+    ranks: RankPool, config_of: Callable[..., RunConfig], turn: str, count: int, rank: int
+) -> None:
+    apart, together = config_of("apart"), config_of("together")
+    assert ranks.run(2, train, apart) == [COMPLETE] * 2
+    assert ranks.run(2, train_stopped_in, together, turn, count, rank) == [STOPPED] * 2
+    done = max(row["step"] for row in read_metrics(together.path / "metrics.jsonl"))
+    assert 0 < done < STEPS
+    assert ranks.run(2, train, together) == [COMPLETE] * 2
+    check_equal(together, apart)
+    assert all(asked(together, server).endswith("g") for server in range(2))  # misused by nobody

@@ -1,5 +1,7 @@
 """Whole training runs with SGLang rollouts, for the rank pool."""
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 from gtpo_megatron import train as loop
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.policy.model import world_rank
 from gtpo_megatron.rollout.sglang.weights import outlets, transfer
 from gtpo_megatron.run import rounds
 from gtpo_megatron.run.run import Run
+from gtpo_megatron.run.turns import Turn, Turns
 from gtpo_megatron.trajectories.record import Trajectory
 
 OVERLAP_S = 120.0
@@ -104,4 +108,19 @@ def train_with_a_server_that_dies_asleep(config: RunConfig, step: int) -> int | 
         return train_on(run, *batch)
 
     with patch.object(loop, "train_on", kill_first):
+        return train(config)
+
+
+def train_stopped_in(config: RunConfig, turn: Turn, count: int, rank: int) -> int | str:
+    """As `train`; a signal reaches one rank when it goes over to this turn for the `count`-th time (`weights` and
+    `sampling`: the first is part of the start, before signals are seen to)."""
+    take, begun = Turns.take, [0]
+
+    def stopped(self: Turns, to: Turn) -> None:
+        begun[0] += to == turn
+        if (to, begun[0], world_rank()) == (turn, count, rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        take(self, to)
+
+    with patch.object(Turns, "take", stopped):
         return train(config)
