@@ -1,15 +1,18 @@
-"""The plot of a run: one panel for each kind of metric that it has."""
+"""The plot of a run: one panel for each kind of metric that it has.
+
+Every rank reads this module with the training loop; matplotlib, half a second, is imported where something is drawn.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from gtpo_megatron.run.metrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Rows = list[dict[str, Metric]]
 _REWARD_OTHERS = ("reward/std", "reward/failed")
@@ -21,11 +24,13 @@ class _Panel:
     wants: Callable[[str], bool]  # metric names drawn as lines
     unit: str = ""
     log: bool = False
-    decorate: Callable[[Axes, Rows], None] | None = None
+    decorate: Callable[["Axes", Rows], None] | None = None
 
 
 def plot_run(rows: Rows, path: Path, title: str) -> None:
     """Draw the metrics over steps into a PNG file; panels without data are left out."""
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(name for row in rows for name in row))
     panels = [
         (panel, lines)
@@ -73,6 +78,8 @@ def plot_recipes(recipes: Sequence[Any], names: Sequence[str], path: Path) -> No
         names: metrics.
         path: of the PNG file.
     """
+    from matplotlib.figure import Figure
+
     columns = min(3, max(1, len(names)))
     height = max(1, math.ceil(len(names) / columns))
     figure = Figure(figsize=(5 * columns, 3.2 * height + 0.4), layout="constrained")
@@ -111,7 +118,7 @@ def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _entropy(axes: Axes, rows: Rows) -> None:
+def _entropy(axes: "Axes", rows: Rows) -> None:
     low_steps, low = series(rows, "entropy/p10")
     high_steps, high = series(rows, "entropy/p90")
     if low and low_steps == high_steps:
