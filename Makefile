@@ -35,7 +35,7 @@ SEED ?= 0
 MUTANTS ?= 12
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart quickstart-sglang evidence test numerics lint format bench gpu chaos slurm-chaos soak fuzz mutants sglang smollm2 clean
+.PHONY: help .venv quickstart quickstart-sglang evidence test rehearsals numerics lint format bench gpu chaos slurm-chaos soak fuzz mutants sglang smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -69,12 +69,12 @@ test: test-$(if $(PAIR),pair-$(PAIR),tier-$(or $(TIER),short)) ## lint and tests
 
 .PHONY: test-tier-short test-tier-all test-pair-next
 test-tier-short: lint
-	@$(BIN)/python $(PYTEST) -m 'not soak' $(TESTS)
+	@$(BIN)/python $(PYTEST) -m 'not soak and not rehearsal' $(TESTS)
 
 test-tier-all: lint
 	@status=0; \
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python $(PYTEST) $(NUMERIC_TESTS) || status=$$?; \
-	$(BIN)/python $(PYTEST) $(TESTS) || status=$$?; \
+	$(BIN)/python $(PYTEST) -m 'not rehearsal' $(TESTS) || status=$$?; \
 	$(BIN)/python $(PYTEST) --layers=transformer_engine $(LAYERS_TESTS) || status=$$?; \
 	exit $$status
 
@@ -84,6 +84,9 @@ test-pair-next:
 	.venv-next/bin/python $(PYTEST) $(if $(filter-out tests,$(TESTS)),$(TESTS),$(PAIR_TESTS)) || status=$$?; \
 	if [ "$(TESTS)" = tests ]; then .venv-next/bin/python $(PYTEST) --layers=transformer_engine $(LAYERS_TESTS) || status=$$?; fi; \
 	exit $$status
+
+rehearsals: .venv sglang ## long forms of tests: the paper's recipes on four nodes, every part of `make gpu` without a GPU
+	@$(BIN)/python $(PYTEST) -m rehearsal $(TESTS)
 
 numerics: .venv ## the numeric tests with each instruction set that torch has kernels for, and 1 and 2 threads
 	@status=0; for set in default avx2 avx512; do for threads in 1 2; do \

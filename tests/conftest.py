@@ -46,10 +46,10 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
 
 
-# Rooms whose tests share a costly thing: each runs in one process (pytest-xdist). Other tests are dealt out file by file, those
-# of the rooms here first, because they take longest.
+# Rooms whose tests share a costly thing: each runs in one process (pytest-xdist). Other tests are dealt out file by file. What
+# takes longest comes first: a room that one process begins last is what the others wait for.
 ROOMS = ("sglang", "te")
-LONGEST_FIRST = ("slurm", *ROOMS)
+LONGEST_FIRST = ("sglang", "slurm", "te")
 TESTS = Path(__file__).parent
 
 

@@ -42,13 +42,13 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.returncode == 1 and "torch sees no CUDA GPU here" in done.stderr
 
 
-def test_steps_and_export_are_rehearsed(tmp_path: Path) -> None:
+def test_some_parts_are_rehearsed(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    done = rehearse(output, "steps", "weights")
+    done = rehearse(output, "doctor", "steps", "weights")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
     assert report["device"] == "none: a rehearsal on a CPU"
-    steps, weights = (part["result"] for part in report["parts"])
+    _, steps, weights = (part["result"] for part in report["parts"])
     local = steps["local-bf16"]
     assert local["layers"] == "ColumnParallelLinear" and local["tokens"] > 60
     assert local["logprob_gap"]["max_abs"] == 0 and len(local["losses"]) == 2
@@ -59,10 +59,10 @@ def test_steps_and_export_are_rehearsed(tmp_path: Path) -> None:
     assert "local-bf16" in done.stdout  # the table
 
 
-@pytest.mark.soak
+@pytest.mark.rehearsal
 def test_every_other_part_is_rehearsed(gpu: Any, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    others = [part.name for part in gpu.PARTS if part.name not in ("steps", "weights")]
+    others = [part.name for part in gpu.PARTS if part.name not in ("doctor", "steps", "weights")]
     done = rehearse(output, *others)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {part["part"]: part for part in json.loads(output.read_text())["parts"]}

@@ -95,7 +95,7 @@ def test_a_run_whose_server_shares_the_ranks_machine_is_that_of_one_apart(
     assert asked(together) == "gug" + "RTuTg" * (STEPS - 1) + "ug" + "RTuTg"
 
 
-@pytest.mark.soak
+@pytest.mark.rehearsal
 def test_a_server_that_dies_asleep_is_back_for_the_next_step(
     ranks: RankPool, servers: Servers, tmp_path: Path
 ) -> None:

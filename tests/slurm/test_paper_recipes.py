@@ -16,7 +16,7 @@ from tests.paper_recipes import STEPS, paper_files, write_toy_overlay
 from tests.slurm.runs import TRAIN
 from tests.slurm.virtual import VirtualSlurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.sglang, pytest.mark.soak]
+pytestmark = [pytest.mark.slurm, pytest.mark.sglang]
 NODES = 4  # one rank each
 RUN_S = 600.0  # with a server that starts on the first node, on a busy machine
 
@@ -32,11 +32,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("names", "tensor"),
     [
-        (["llama-3.1-8b-bf16", "math", "sft"], 4),
-        (["qwen2.5-3b-bf16", "grpo-kl"], 2),
-        (["llama-3.1-8b-bf16"], 4),
+        pytest.param(["llama-3.1-8b-bf16", "math", "sft"], 4, id="sft", marks=pytest.mark.rehearsal),
+        pytest.param(["qwen2.5-3b-bf16", "grpo-kl"], 2, id="grpo", marks=pytest.mark.rehearsal),
+        pytest.param(["llama-3.1-8b-bf16"], 4, id="gtpo", marks=pytest.mark.soak),
     ],
-    ids=["sft", "grpo", "gtpo"],
 )
 def test_a_run_of_the_paper_trains_on_four_nodes(
     cluster: VirtualSlurm,
