@@ -26,8 +26,9 @@ NUMERIC_TESTS := tests/algorithm tests/policy/test_head.py tests/policy/test_mod
 # whose policies on gloo ranks are built of Transformer Engine's layers as well, over stand-ins of its kernels
 LAYERS_TESTS := tests/policy tests/parallel
 WORKERS ?= 3
-# groups of tests to a process, in the order of tests/conftest.py
-PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder
+# groups of tests to a process, in the order of tests/conftest.py; a process that dies, as of a test that hangs, is not started again:
+# xdist would give it the same test for ever
+PYTEST := -m pytest -q --durations=25 --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder --max-worker-restart=0
 KILLS ?= 20
 PARTS ?=
 FAULTS ?= 40
