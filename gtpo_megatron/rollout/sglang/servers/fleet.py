@@ -179,7 +179,9 @@ class Fleet:
             answer = await self.ask(worker, send(routed or worker.url), on_fault)
         finally:
             self.release(worker)
-        worker.faults, worker.heard_at = 0, asyncio.get_running_loop().time()
+        worker.faults = 0
+        if routed is None:  # behind a router another may have answered
+            worker.heard_at = asyncio.get_running_loop().time()
         return answer
 
     async def ask(
