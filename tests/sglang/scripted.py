@@ -273,7 +273,7 @@ class Rehearsal:
         self.launch: Any = FakeLaunch(self.servers) if owned else None
         section = SGLangConfig(urls=urls, servers=count, **config)
         link = Link(self.client, "tensor", timing.control_s, timing.transfer_s, timing.collective_s)
-        self.pool = Pool(section, self.launch, self.client, link, timing)
+        self.pool = Pool(section, self.launch, self.client, link, timing, sockets=1000)
         self.fleet = self.pool.fleet
         self.updates = self.pool.updates
         self.moves: list[tuple[str, str]] = []

@@ -26,6 +26,7 @@ from gtpo_megatron.rollout.sglang.servers.launch import DTYPES, Device, make_lau
 from gtpo_megatron.rollout.sglang.servers.model import ServedModel
 from gtpo_megatron.rollout.sglang.servers.pool import Pool
 from gtpo_megatron.rollout.sglang.servers.states import Timing
+from gtpo_megatron.rollout.sglang.sockets import allowed_sockets
 from gtpo_megatron.rollout.sglang.weights.buckets import Bucket, Layout, Snapshot, fill, pack
 from gtpo_megatron.rollout.sglang.weights.stages import Address, RemoteStage, give_up, relay
 from gtpo_megatron.rollout.sglang.weights.transfer import Link, Transfer, complete
@@ -93,6 +94,12 @@ class SGLangEngine:
         self._thread.start()
         atexit.register(self.close)
 
+        sockets, wanted = allowed_sockets(), config.concurrency * (len(config.urls) or config.servers)
+        if sockets < wanted:
+            log.warning(
+                "%d completions at once, not %d: no more files may be open (ulimit -Hn)", sockets, wanted
+            )
+
         async def make_pool() -> Pool:
             client = Client(resolve_key(config.api_key), config.request_timeout_s)
             pool = Pool(
@@ -107,6 +114,7 @@ class SGLangEngine:
                     timing.collective_s,
                 ),
                 timing,
+                sockets,
                 ServedModel.at(model_path, DTYPES[dtype]),
             )
             await pool.start()

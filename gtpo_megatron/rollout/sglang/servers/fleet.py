@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Fleet:
     """All workers of a run, the places on them, and those who wait for one."""
 
-    def __init__(self, config: SGLangConfig, router: Router | None = None) -> None:
+    def __init__(self, config: SGLangConfig, router: Router | None, sockets: int) -> None:
         self.workers: list[Worker] = []
         self.tag: str | None = None  # weights that may be sampled from
         self.gate_open = False  # closed while weights are replaced, or the servers' memory is not all theirs
@@ -30,7 +30,7 @@ class Fleet:
         self.failure: BaseException | None = None
         self.shortage = ""  # while an update waits for its quorum: how many servers are missing
         self._config = config
-        self._places = Places(config.concurrency)
+        self._places = Places(config.concurrency, sockets)
         self._waiters: deque[tuple[asyncio.Future[Worker], Worker | None]] = deque()
         self._ready_at = asyncio.get_running_loop().time()
 

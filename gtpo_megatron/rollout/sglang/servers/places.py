@@ -6,10 +6,11 @@ AFFINITY = 8  # completions of a group stay together, for the prefix cache, up t
 
 
 class Places:
-    """`limit` places on each of the open workers, by how many of them are taken. Every call costs the same for any number."""
+    """`limit` places on each of the open workers, `total` in all. Every call costs the same for any number of workers."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, total: int) -> None:
+        self._limit, self._total = limit, total
+        self._taken = 0  # of closed workers as well
         # open workers by load, those that have had it longest first; `_least` is no more than the smallest load
         self._by_load: list[dict[Worker, None]] = [{} for _ in range(limit + 1)]
         self._least = 0
@@ -28,7 +29,7 @@ class Places:
         """A place on the least loaded worker, or on the preferred one up to AFFINITY more; None where there is none."""
         while self._least < self._limit and not self._by_load[self._least]:
             self._least += 1
-        if self._least == self._limit:
+        if self._least == self._limit or self._taken >= self._total:
             return None
         worker = next(iter(self._by_load[self._least]))
         if preferred is not None and self._may_stay(preferred):
@@ -45,6 +46,7 @@ class Places:
         return load < self._limit and load <= self._least + AFFINITY and worker in self._by_load[load]
 
     def _change(self, worker: Worker, by: int) -> None:
+        self._taken += by
         is_open = worker in self._by_load[self._load(worker)]
         self.close(worker)
         worker.inflight += by

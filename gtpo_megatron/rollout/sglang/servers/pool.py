@@ -35,13 +35,14 @@ class Pool:
         client: Client,
         link: Link,
         timing: Timing,
+        sockets: int,
         model: ServedModel | None = None,
     ) -> None:
         self.config = config
         self.timing = timing
         self.client = client
         self.router = Router(launch, client) if config.router and launch is not None else None
-        self.fleet = Fleet(config, self.router)
+        self.fleet = Fleet(config, self.router, sockets)
         self.updates = Updates(self.fleet, client, link, config, timing)
         self.occupation = Occupation(self.fleet, self.updates, client, timing)
         self._supervision = Supervision(self.fleet, self.updates, client, launch, config, timing, model)
