@@ -162,6 +162,7 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
             return
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            dist.barrier()  # a rank whose job is short would leave while another still connects to it
             function, args = pickle.loads(job)
             connection.send((True, pickle.dumps(function(*args))))
         except BaseException:
