@@ -115,7 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--servers", type=int, default=256)
     parser.add_argument("--in-flight", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256])
     parser.add_argument("--output", type=Path, default=RESULTS / "client.json")
     arguments = parser.parse_args()
     allowed_sockets()  # of the peer as well
