@@ -3,7 +3,7 @@
     python benchmarks/client.py [--servers 256] [--in-flight 8192] [--tokens 256]
 
 The servers are ports of one other process that answers with completions made beforehand (common/scripted_servers.py).
-The peer sends the same bodies by aiohttp to the same servers in turn, and decodes the JSON of the answers: what any client in
+The peer sends bodies like them by aiohttp to the same servers in turn, and decodes the JSON of the answers: what any client in
 Python pays. In turns (A B A B ...); the median of the ratios of successive turns is reported, and the share of one core that a thousand
 completions a second would take. Writes benchmarks/results/client.json.
 """
@@ -49,7 +49,7 @@ def by_engine(engine: SGLangEngine, requests: Sequence[PromptRequest], tokens: i
 
 
 def by_aiohttp(urls: Sequence[str], requests: Sequence[PromptRequest], tokens: int) -> None:
-    """The same bodies, as many at once, without anything else."""
+    """Bodies like the engine's, as many at once, without anything else."""
 
     async def one(session: aiohttp.ClientSession, url: str, request: PromptRequest, rid: str) -> int:
         body = {"rid": rid, "input_ids": list(request.prompt_ids), "return_logprob": True}
@@ -61,15 +61,9 @@ def by_aiohttp(urls: Sequence[str], requests: Sequence[PromptRequest], tokens: i
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            places = [(request, n) for request in requests for n in range(GROUP)]
-            return sum(
-                await asyncio.gather(
-                    *(
-                        one(session, urls[index % len(urls)], request, f"{index:032x}")
-                        for index, (request, _) in enumerate(places)
-                    )
-                )
-            )
+            completions = enumerate(request for request in requests for _ in range(GROUP))
+            sent = (one(session, urls[i % len(urls)], request, f"{i:032x}") for i, request in completions)
+            return sum(await asyncio.gather(*sent))
 
     assert asyncio.run(all_of_them()) == len(requests) * GROUP * tokens
 
