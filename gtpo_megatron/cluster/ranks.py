@@ -20,13 +20,17 @@ _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 def join_step(environ: MutableMapping[str, str]) -> None:
     """Make this process the rank that its Slurm step says it is; torch.distributed then reads it from `environ`.
 
-    A step that is asked to stop (SIGUSR1, SIGTERM) before a run has begun, which then handles both itself, ends with STOPPED
-    instead of dying of the signal.
+    A step that is asked to stop (SIGUSR1, SIGTERM) ends with STOPPED instead of dying of the signal; a run handles both itself.
     """
     environ.update(world_of_step(environ))
-    if _in_step(environ):
+    if in_step(environ):
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, _stop)
+
+
+def in_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun has started this process."""
+    return "SLURM_STEP_ID" in environ and "SLURM_STEP_NUM_TASKS" in environ
 
 
 def world_of_step(environ: Mapping[str, str]) -> dict[str, str]:
@@ -40,7 +44,7 @@ def world_of_step(environ: Mapping[str, str]) -> dict[str, str]:
         UserError: the step has several tasks, and its variables or those of a launcher contradict it. Going on would make
             as many runs of one rank, all in one directory.
     """
-    if not _in_step(environ) or "TORCHELASTIC_RUN_ID" in environ:
+    if not in_step(environ) or "TORCHELASTIC_RUN_ID" in environ:
         return {}
     size = _number(environ, "SLURM_STEP_NUM_TASKS", 1, None)
     if size == 1:
@@ -88,10 +92,6 @@ def tasks_per_node(counts: str) -> list[int]:
     if not all(found):
         raise UserError(f"Slurm: SLURM_STEP_TASKS_PER_NODE={counts}: counts like 8(x4),2 are expected")
     return [int(match[1]) for match in found for _ in range(int(match[2] or 1))]
-
-
-def _in_step(environ: Mapping[str, str]) -> bool:
-    return "SLURM_STEP_ID" in environ and "SLURM_STEP_NUM_TASKS" in environ
 
 
 def _choices(part: tuple[int, str]) -> list[str]:

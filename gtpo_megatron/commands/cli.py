@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gtpo_megatron import __version__, vigil
 from gtpo_megatron.cluster.pulse import give_pulse
-from gtpo_megatron.cluster.ranks import join_step
+from gtpo_megatron.cluster.ranks import in_step, join_step
 from gtpo_megatron.commands.analyse import EPILOG as ANALYSE_EPILOG
 from gtpo_megatron.commands.analyse import analyse
 from gtpo_megatron.commands.arguments import Recipe, Settings
@@ -39,6 +39,7 @@ from gtpo_megatron.commands.sweep import EPILOG as SWEEP_EPILOG
 from gtpo_megatron.commands.sweep import sweep
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import MISTAKE, UserError
+from gtpo_megatron.run.held_back import hold_back_stop
 from gtpo_megatron.run.logs import quiet_libraries
 
 app = typer.Typer(
@@ -109,6 +110,8 @@ def train(
     if dry_run:
         _dry_run(config, world_size)
         return
+    if in_step(os.environ):
+        hold_back_stop()
     with importing():
         check_run(config, _env_world_size() or 1)  # a mistake is said before the larger part is loaded
         from gtpo_megatron import rollcall

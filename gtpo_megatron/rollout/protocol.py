@@ -66,7 +66,10 @@ class RolloutEngine(Protocol):
     version: int  # version of the weights it samples with
 
     def wait_started(self) -> None:
-        """Wait until it can take weights, at the first call. Raises UserError where it will not."""
+        """Wait until it can take weights, at the first call, or until `abort_all` ends it for good.
+
+        Raises UserError where it will not.
+        """
         ...
 
     def update_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
@@ -84,7 +87,8 @@ class RolloutEngine(Protocol):
     def abort_all(self, *, for_good: bool = False) -> None:
         """End every `generate` under way at once, from any thread: its iterator stops after the finished groups.
 
-        With `for_good` every later one as well, so that none slips through that is just about to begin.
+        With `for_good` every later one as well, so that none slips through that is just about to begin, and the wait for
+        its start.
         """
         ...
 

@@ -114,8 +114,9 @@ class Run:
         self._restore()
         self._open_record()
         self._open_sampling()
-        # last, so that none comes before there is somebody to see to it
+        # not before there is an engine to see to it, nor after the wait for servers
         self.signals = self._stack.enter_context(StopSignals(self._on_stop, listen=self.engine is not None))
+        self._start_sampling()
 
     def _claim_directory(self) -> None:
         check_directory(self.config)
@@ -230,7 +231,19 @@ class Run:
                 self.turns.follow(self.engine)
             if not embedded:
                 self.sender = make_sender(config, self.policy, self.engine, self._stack)
-            self.publish_weights()
+
+    def _start_sampling(self) -> None:
+        """Give the engine its first weights as soon as it can take them; nothing if the run is asked to stop before.
+
+        Ranks wait for servers that are starting on the control group: none has begun an export, whose groups have a shorter
+        time limit.
+        """
+        if not self.samples:
+            return
+        with self.progress.stage("start of the engine"):
+            together(lambda: self.engine.wait_started() if self.engine is not None else None)
+            if not self.signals.agree():
+                self.publish_weights()
 
     def take_turn(self, turn: Turn) -> None:
         """Go over to a step's next turn, where trainer and servers share their memory. Collective."""
@@ -287,8 +300,7 @@ class Run:
     def _turn_for_weights(self) -> Iterator[None]:
         """The turn of all ranks' engines for new weights: between two batches, or where they can go on with others within one.
 
-        Collective. Ranks wait for it, and for servers that are starting, on the control group: none has begun an export,
-        whose groups have a shorter time limit.
+        Collective. Ranks wait for it on the control group: none has begun an export, whose groups have a shorter time limit.
         """
         with ExitStack() as stack:
 
@@ -296,7 +308,6 @@ class Run:
                 if self.engine is not None:
                     place = self.queue.enter(Job.UPDATE, self.step, beside=self.engine.updates_in_flight)
                     stack.enter_context(self.queue.turn(place))
-                    self.engine.wait_started()
 
             together(ready)
             yield

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from gtpo_megatron import control
+from gtpo_megatron.run.held_back import HeldBack
 
 log = logging.getLogger(__name__)
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -46,6 +47,9 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
+        for number, previous in self._previous.items():
+            if isinstance(previous, HeldBack) and previous.came:
+                self._handle(number, None)
         self._thread.start()
         return self
 

@@ -63,3 +63,27 @@ def test_what_rank_zero_cannot_make_ends_the_run_everywhere(part: str, ranks: Ra
     own, other = ranks.run(2, opened, part, False)
     assert own == ("Unpicklable", "a lock is in it")
     assert other == ("RankError", "rank 0: Unpicklable: a lock is in it")
+
+
+def begun(asked: bool) -> list[str]:
+    """What rank 0's engine, which waits until the run is asked to stop, and the run are told."""
+    import torch.distributed as dist
+
+    from gtpo_megatron import control
+    from gtpo_megatron.run import run as module
+
+    main, said = dist.get_rank() == 0, []
+    run = SimpleNamespace(
+        samples=True,
+        engine=SimpleNamespace(wait_started=lambda: said.append("wait")) if main else None,
+        progress=SimpleNamespace(stage=lambda _: nullcontext()),
+        signals=SimpleNamespace(agree=lambda: control.agree(asked and main) is not None),
+        publish_weights=lambda: said.append("weights"),
+    )
+    module.Run._start_sampling(run)
+    return said
+
+
+def test_a_run_that_is_asked_to_stop_while_servers_start_gives_them_no_weights(ranks: RankPool) -> None:
+    assert ranks.run(2, begun, False) == [["wait", "weights"], ["weights"]]
+    assert ranks.run(2, begun, True) == [["wait"], []]

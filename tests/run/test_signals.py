@@ -57,3 +57,18 @@ def asked_twice() -> bool:
 
 def test_ctrl_c_twice_is_at_once(ranks: RankPool) -> None:
     assert ranks.run(1, asked_twice) == [True]
+
+
+def asked_while_it_starts(number: int) -> bool:
+    from gtpo_megatron.run.held_back import hold_back_stop
+    from gtpo_megatron.run.signals import StopSignals
+
+    stopping = threading.Event()
+    hold_back_stop()
+    os.kill(os.getpid(), number)  # would end it
+    with StopSignals(stopping.set, listen=False) as signals:
+        return stopping.wait(60) and signals.asked
+
+
+def test_a_rank_that_is_asked_while_it_starts_stops_when_the_run_is_open(ranks: RankPool) -> None:
+    assert ranks.run(1, asked_while_it_starts, signal.SIGUSR1) == [True]

@@ -31,6 +31,19 @@ def environment() -> dict[str, str]:
     return user_environment()
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test that fails leaves behind would fail the next."""
+    if "cluster" not in request.fixturenames:
+        yield
+        return
+    cluster: VirtualSlurm = request.getfixturevalue("cluster")
+    yield
+    if left := cluster.run("squeue", "--noheader", "--format=%A").stdout.split():
+        cluster.run("scancel", *sorted(set(left)), check=False)  # some may have ended meanwhile
+        cluster.wait_until_idle()
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
     return write_yaml(tmp_path / "recipe.yaml", small_recipe(tmp_path, "small", tiny_checkpoint("llama")))

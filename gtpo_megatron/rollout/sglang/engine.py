@@ -6,7 +6,8 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,6 +86,7 @@ class SGLangEngine:
         self._stages: Sequence[RemoteStage] = ()
         self._jobs: set[Job] = set()
         self._started = self._closed = self._ended = False  # ended: samples no more
+        self._starting: Future[None] | None = None  # the wait for servers
         launch = None
         if not config.given or config.router:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -267,8 +269,13 @@ class SGLangEngine:
         return self._groups(job)
 
     def abort_all(self, *, for_good: bool = False) -> None:
-        """End every generate that is under way, and `for_good` later ones: their iterators stop after the finished groups."""
+        """End every generate that is under way: their iterators stop after the finished groups.
+
+        `for_good` also later ones, and the wait for servers that are starting.
+        """
         self._ended = self._ended or for_good
+        if for_good and self._starting is not None:
+            self._starting.cancel()
         for job in list(self._jobs):
             self._end(job)
 
@@ -348,9 +355,17 @@ class SGLangEngine:
         return router.process.popen.pid if router is not None and router.process is not None else None
 
     def wait_started(self) -> None:
-        """Wait until the servers answer, at the first call. Raises UserError where one does not start."""
-        if not self._started:
-            self._run(self._pool.wait_started())
+        """Wait until the servers answer, at the first call, or until `abort_all` ends the engine for good.
+
+        Raises UserError where one does not start.
+        """
+        if self._started:
+            return
+        self._starting = self._submit(self._pool.wait_started())
+        if self._ended:  # looked at after the wait is where abort_all sees it
+            self._starting.cancel()
+        with suppress(CancelledError):
+            self._starting.result()
             self._started = True
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
