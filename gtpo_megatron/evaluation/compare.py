@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.evaluation.curves import plot_curves
 from gtpo_megatron.evaluation.estimates import bounds, estimate
 from gtpo_megatron.evaluation.results import read_results, shown
 
@@ -83,6 +84,24 @@ def _changed(pairs: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
         if one["right"] * two["samples"] != two["right"] * one["samples"]
     ]
     return sorted(changed, key=lambda row: (-abs(row["change"]), row["change"], row["id"]))
+
+
+def plot(path: Path, found: Mapping[str, Any]) -> None:
+    """The curves of both, of the prompts that they share, as a PNG. Raises UserError where it cannot be written."""
+    several = len(found["suites"]) > 1
+    curves = [
+        (
+            side.upper() + (f", {name}" if several else ""),
+            {key: given[side] for key, given in suite["figures"].items()},
+        )
+        for name, suite in found["suites"].items()
+        for side in ("a", "b")
+    ]
+    title = "\n".join(f"{side.upper()}: {found[side]['policy'][-90:]}" for side in ("a", "b"))
+    try:
+        plot_curves(path, curves, title)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def as_text(found: Mapping[str, Any], most: int = 20) -> str:

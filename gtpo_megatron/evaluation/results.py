@@ -9,6 +9,7 @@ from typing import Any
 
 from gtpo_megatron import __version__
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.evaluation.curves import plot_curves
 from gtpo_megatron.evaluation.estimates import Estimate
 
 FORMAT = "gtpo_megatron.evaluation/1"
@@ -27,7 +28,8 @@ def grader() -> dict[str, str]:
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
     """Write the three files; evaluation.json last, so that where it stands the others do."""
     write_text(directory / "table.md", table(results))
-    _plot(directory / "pass_at_k.png", results)
+    curves = [(name, suite["figures"]) for name, suite in results["suites"].items()]
+    plot_curves(directory / "pass_at_k.png", curves, results["policy"]["name"][-90:])
     write_text(directory / RESULT, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
@@ -90,43 +92,3 @@ def shown(figure: str, given: Mapping[str, Any] | Estimate) -> tuple[str, str, s
 
     interval = f"{text(values['low'])} to {text(values['high'])}"
     return f"{text(values['value'])}{unit}", text(values["stderr"]), interval
-
-
-def _plot(path: Path, results: Mapping[str, Any]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, suite) in enumerate(results["suites"].items()):
-        colour = f"C{number}"
-        for kind, style in (("pass", "-o"), ("maj", "--s")):
-            found = {
-                int(key.removeprefix(f"{kind}@")): value
-                for key, value in suite["figures"].items()
-                if key.startswith(f"{kind}@")
-            }
-            ks = sorted(found)
-            if not ks:
-                continue
-            axes.plot(
-                ks,
-                [found[k]["value"] for k in ks],
-                style,
-                color=colour,
-                markersize=4,
-                label=f"{name}, {kind}@k",
-            )
-            low, high = ([found[k][end] for k in ks] for end in ("low", "high"))
-            if kind == "pass":
-                axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
-    every = sorted({k for line in axes.get_lines() for k in line.get_xdata()})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(every, [str(k) for k in every])
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("k")
-    axes.set_ylabel("share of prompts; bands: 95% over prompts")
-    axes.set_title(f"{results['policy']['name']}"[-90:], fontsize="small")
-    axes.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)

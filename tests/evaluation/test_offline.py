@@ -10,7 +10,7 @@ import pytest
 
 from gtpo_megatron.config import RunConfig
 from gtpo_megatron.errors import UserError
-from gtpo_megatron.evaluation.compare import as_text, compare
+from gtpo_megatron.evaluation.compare import as_text, compare, plot
 from gtpo_megatron.trajectories.store import TrajectoryStore
 from tests.evaluation.evaluation_jobs import (
     evaluate,
@@ -227,6 +227,10 @@ def test_compare(ranks: RankPool, make: Make, server: Server, tmp_path: Path) ->
     ]
     text = as_text(compare(tmp_path / "a", tmp_path / "b"))
     assert "2 prompts better, 1 worse" in text and "1 of A alone" in text
+    plot(tmp_path / "both.png", compare(tmp_path / "a", tmp_path / "b"))
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"nowhere/both\.png: No such file"):
+        plot(tmp_path / "nowhere" / "both.png", compare(tmp_path / "a", tmp_path / "b"))
 
     results["grader"]["math-verify"] = "0"
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(results))
