@@ -1,6 +1,8 @@
 """Rewards for whole runs; importable by the scoring processes, so nothing heavy here."""
 
 import contextlib
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -18,14 +20,14 @@ def even_answers_only(completion: str, answer: str, question: str) -> float:
 def different_characters_when_let_go(completion: str, answer: str, question: str, hold: str) -> float:
     """The same; but where the file `hold` names a metrics file and a step, scoring waits after that step for its end.
 
-    Meanwhile `hold`.reached has that step in it.
+    Meanwhile a file `hold`.reached.* of this process has that step in it.
     """
     with contextlib.suppress(FileNotFoundError):
         while True:
             metrics, step = Path(hold).read_text().split()
             if not Path(metrics).exists() or Path(metrics).read_text().count("\n") < int(step):
                 break
-            Path(f"{hold}.reached").write_text(step)
+            Path(f"{hold}.reached.{socket.gethostname()}.{os.getpid()}").write_text(step)
             time.sleep(0.02)
     return different_characters(completion, answer, question)
 

@@ -125,7 +125,10 @@ def build_policy(
             use_cpu_initialization=not platform.HAS_CUDA,
         )
         if load_weights:
-            bridge.load_hf_weights(modules)
+            engine_mends.forget_made_values(modules)
+            with torch.no_grad():  # `data` of weights in blocks of FP8 is the weight itself
+                bridge.load_hf_weights(modules)
+            engine_mends.start_from_loaded(bridge, modules, distributed_optimizer and trained)
     for module in modules:
         _emit_hidden_states(unwrap(module))
         _match_rope(unwrap(module), bridge.hf_pretrained.config)

@@ -49,6 +49,7 @@ class StopSignals:
         self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
         for number, previous in self._previous.items():
             if isinstance(previous, HeldBack) and previous.came:
+                previous.came = False
                 self._handle(number, None)
         self._thread.start()
         return self

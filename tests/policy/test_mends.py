@@ -23,6 +23,7 @@ import megatron.core.optimizer.distrib_optimizer as distrib_optimizer  # noqa: E
 import megatron.core.transformer.moe.moe_utils as moe_utils  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
+import gtpo_megatron.policy.model  # noqa: E402, F401  mends what is to be mended
 from gtpo_megatron.policy.mends import bridge, core  # noqa: E402
 
 Patch = pytest.MonkeyPatch
@@ -118,6 +119,22 @@ def gathered_norm(patch: Patch) -> bool:
     """tests/policy/test_lora.py with Transformer Engine's layers shows what follows from it."""
     attributes = fresh("megatron.bridge.peft.utils").get_adapter_attributes_from_linear
     return "return_layernorm_output_gathered = " in inspect.getsource(attributes)
+
+
+def fp8_main_weights(patch: Patch) -> bool:
+    """As above; tests/te/test_fp8.py."""
+    from megatron.bridge.models.conversion import model_bridge
+
+    takes_first = "get_high_precision_init_val()" in inspect.getsource(distrib_optimizer)
+    return takes_first and "high_precision" not in inspect.getsource(model_bridge)
+
+
+def fp8_first_scale(patch: Patch) -> bool:
+    """As above; tests/te/test_fp8.py."""
+    made = torch.full((2,), 7.0)
+    without = SimpleNamespace(perform_initialization=False)
+    transformer_engine.condition_init_method(without, nn.init.zeros_)(made)
+    return bool((made == 7).all())
 
 
 def expert_state(patch: Patch) -> bool:
@@ -293,6 +310,8 @@ FAULTS: dict[str, Callable[[Patch], bool]] = {
         router_gemm,
         expert_shards,
         expert_state,
+        fp8_main_weights,
+        fp8_first_scale,
         adam_step,
         host_counts,
         host_offload,

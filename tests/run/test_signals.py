@@ -59,16 +59,23 @@ def test_ctrl_c_twice_is_at_once(ranks: RankPool) -> None:
     assert ranks.run(1, asked_twice) == [True]
 
 
-def asked_while_it_starts(number: int) -> bool:
+def asked_while_it_starts(number: int) -> tuple[bool, bool]:
+    """Whether the run stops, and the next of this process."""
     from gtpo_megatron.run.held_back import hold_back_stop
     from gtpo_megatron.run.signals import StopSignals
 
-    stopping = threading.Event()
-    hold_back_stop()
-    os.kill(os.getpid(), number)  # would end it
-    with StopSignals(stopping.set, listen=False) as signals:
-        return stopping.wait(60) and signals.asked
+    before = signal.getsignal(number)
+    try:
+        hold_back_stop()
+        os.kill(os.getpid(), number)  # would end it
+        stopping = threading.Event()
+        with StopSignals(stopping.set, listen=False) as signals:
+            stops = stopping.wait(60) and signals.asked
+        with StopSignals(lambda: None, listen=False) as signals:
+            return stops, signals.asked
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_rank_that_is_asked_while_it_starts_stops_when_the_run_is_open(ranks: RankPool) -> None:
-    assert ranks.run(1, asked_while_it_starts, signal.SIGUSR1) == [True]
+    assert ranks.run(1, asked_while_it_starts, signal.SIGUSR1) == [(True, False)]

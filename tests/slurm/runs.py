@@ -113,10 +113,15 @@ def hold(run: Path, step: int) -> None:
     partial.replace(run.parents[1] / "hold")
 
 
-def wait_until_held(run: Path, step: int) -> None:
-    """Until the run stands where `hold` lets it wait: the next step's batch is sampled, and being scored."""
-    reached = run.parents[1] / "hold.reached"
-    wait_until(lambda: reached.exists() and reached.read_text() == str(step), f"scoring after step {step}")
+def wait_until_held(run: Path, step: int, samplers: int = 2) -> None:
+    """Until the run stands where `hold` lets it wait: the next step's batch is sampled, and being scored, by as many ranks as
+    sample. A stop would cut short what one still samples."""
+    folder = run.parents[1]
+
+    def held() -> bool:
+        return sum(path.read_text() == str(step) for path in folder.glob("hold.reached.*")) >= samplers
+
+    wait_until(held, f"scoring after step {step}")
 
 
 def ended(run: Path) -> list[list[str]]:

@@ -105,7 +105,7 @@ def test_a_run_with_a_real_server_is_stopped_and_goes_on(
     assert serving not in node_of(cluster, job_id, 0)
     assert [url.rpartition(":")[0] for url in registered_urls(run)] == [f"http://{serving}"]
 
-    wait_until_held(run, 2)
+    wait_until_held(run, 2, samplers=1)
     cluster.run("scancel", "--signal=USR1", job_id)
     wait_until(lambda: read_status(run).state == "stopping", "the signal has reached rank 0")
     (run.parents[1] / "hold").unlink()

@@ -11,7 +11,15 @@ FLOAT8 = {7: torch.float8_e4m3fn, 8: torch.float8_e5m2}  # by the extension's DT
 DTYPES = {0: torch.uint8, 2: torch.int32, 4: torch.float32, 5: torch.float16, 6: torch.bfloat16} | FLOAT8
 BLOCK = 128
 
-__all__ = ["create_empty_quantized_tensor", "dequantize", "quantize"]
+__all__ = [
+    "compute_amax",
+    "create_empty_quantized_tensor",
+    "dequantize",
+    "fp8_block_scaling_compute_partial_amax",
+    "fp8_block_scaling_partial_cast",
+    "multi_tensor_compute_scale_and_scale_inv",
+    "quantize",
+]
 
 
 def create_empty_quantized_tensor(
@@ -49,6 +57,45 @@ def dequantize(tensor: Any, dtype: Any) -> Tensor:
     return tensor.dequantize(dtype=DTYPES[int(dtype)])
 
 
+# ------------------------------------------------------------------ weights of which a rank has a part
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    amax.copy_(tensor.abs().max())
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], largest: float, powers_of_two: bool, epsilon: float
+) -> None:
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(_scale(amax, largest, powers_of_two, epsilon))
+        inverse.copy_(1 / scale)
+
+
+def fp8_block_scaling_compute_partial_amax(
+    part: Tensor, amax: Tensor, height: int, width: int, start: int, block: int
+) -> None:
+    """`part`: flat, from element `start` on of a weight [height, width]; `amax`: [blocks down, blocks across]."""
+    whole = part.new_zeros(height * width, dtype=torch.float32)
+    whole[start : start + part.numel()] = part.abs().flatten()
+    padded = torch.nn.functional.pad(whole.view(height, width), (0, -width % block, 0, -height % block))
+    found = padded.view(padded.shape[0] // block, block, padded.shape[1] // block, block).amax((1, 3))
+    amax.zero_()
+    amax[: found.shape[0], : found.shape[1]] = found
+
+
+def fp8_block_scaling_partial_cast(
+    part: Tensor, out: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any
+) -> None:
+    """The same part as bytes of FP8, by the scale of each block."""
+    wide = scale.repeat_interleave(block, 0)[:height].repeat_interleave(block, 1)[:, :width]
+    scales = wide.reshape(-1)[start : start + part.numel()]
+    out.copy_(_rounded(part.flatten().float() * scales, FLOAT8[int(dtype)]).view(out.shape))
+
+
+# ------------------------------------------------------------------ whole tensors
+
+
 def _fill_tensor(values: Tensor, quantizer: Any, output: Any) -> None:
     float8 = FLOAT8[int(quantizer.dtype)]
     amax = values.abs().max() if values.numel() else values.new_zeros(())
@@ -60,7 +107,7 @@ def _fill_tensor(values: Tensor, quantizer: Any, output: Any) -> None:
     else:
         if getattr(quantizer, "with_amax_reduction", False):
             dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-        scale = _scale(amax.reshape(1), float8, quantizer)
+        scale = _scale_of(quantizer, amax.reshape(1))
     output._scale_inv.copy_(1 / scale)
     data = _rounded(values * scale, float8)
     if output._data is not None:
@@ -86,7 +133,7 @@ def _in_blocks(values: Tensor, quantizer: Any, scales: Tensor) -> Tensor:
     rows = BLOCK if quantizer.block_scaling_dim == 2 else 1
     padded = torch.nn.functional.pad(values, (0, -k % BLOCK, 0, -m % rows))
     tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // BLOCK, BLOCK)
-    scale = _scale(tiles.abs().amax((1, 3)), float8, quantizer)
+    scale = _scale_of(quantizer, tiles.abs().amax((1, 3)))
     data = _rounded(tiles * scale[:, None, :, None], float8).reshape(padded.shape)[:m, :k]
     inverse = 1 / scale if rows == BLOCK else (1 / scale).t()  # scales of vectors lie block after block
     scales.zero_()
@@ -94,15 +141,19 @@ def _in_blocks(values: Tensor, quantizer: Any, scales: Tensor) -> Tensor:
     return data
 
 
-def _scale(amax: Tensor, float8: torch.dtype, quantizer: Any) -> Tensor:
+def _scale_of(quantizer: Any, amax: Tensor) -> Tensor:
+    largest = torch.finfo(FLOAT8[int(quantizer.dtype)]).max
+    powers_of_two = getattr(quantizer, "force_pow_2_scales", False)
+    return _scale(amax, largest, powers_of_two, getattr(quantizer, "amax_epsilon", 0.0))
+
+
+def _scale(amax: Tensor, largest: float, powers_of_two: bool, epsilon: float) -> Tensor:
     """What brings `amax` to the format's largest value; 1 where it is zero or not finite."""
-    amax = amax.clamp_min(getattr(quantizer, "amax_epsilon", 0.0))
+    amax = amax.clamp_min(epsilon)
     usable = (amax > 0) & torch.isfinite(amax)
-    scale = torch.where(usable, torch.finfo(float8).max / amax, torch.ones_like(amax))
+    scale = torch.where(usable, largest / amax, torch.ones_like(amax))
     scale = scale.clamp_max(torch.finfo(torch.float32).max)
-    if getattr(quantizer, "force_pow_2_scales", False):
-        scale = torch.exp2(torch.floor(torch.log2(scale)))
-    return scale
+    return torch.exp2(torch.floor(torch.log2(scale))) if powers_of_two else scale
 
 
 def _rounded(values: Tensor, float8: torch.dtype) -> Tensor:

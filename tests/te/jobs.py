@@ -61,3 +61,14 @@ def loaded_scales(config: RunConfig) -> dict[str, np.ndarray]:
     policy, _, checkpointer = training.start(config)
     assert checkpointer.load_latest() is not None
     return {name: value.numpy() for name, value in scaling_state(policy).items()}
+
+
+def main_weights(config: RunConfig) -> dict[str, np.ndarray]:
+    """What the distributed optimizer starts from: its fp32 weights on this rank, by their names in the model."""
+    policy, _, _ = training.start(config)
+    return {
+        name: parameter.main_param.detach().numpy().copy()
+        for chunk in policy.chunks
+        for name, parameter in chunk.named_parameters()
+        if getattr(parameter, "main_param", None) is not None
+    }

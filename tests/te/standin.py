@@ -5,6 +5,7 @@ the checks for a GPU in CHECKS are taken out as the modules are imported. What h
 NotImplementedError under its name.
 """
 
+import contextlib
 import enum
 import importlib
 import importlib.abc
@@ -50,6 +51,7 @@ ENUMS = {
         NVTE_Paged_KV_THD_SBHD_SBHD NVTE_BHSD_BHSD_BHSD NVTE_QKV_Layout_NOT_SET""",
     "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX",
 }
+_coalesced = torch.distributed._coalescing_manager
 # `import *` looks for these before anything calls them
 NAMED_AT_IMPORT = ("layernorm_bwd", "layernorm_fwd", "rmsnorm_bwd_add")
 ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention"
@@ -88,6 +90,7 @@ def install() -> None:
     os.environ["TORCH_COMPILE_DISABLE"] = (
         "1"  # to compile its small fusions for a CPU takes longer than the tests
     )
+    torch.distributed._coalescing_manager = _coalescing  # Megatron-Core takes it from there
     sys.modules["transformer_engine_torch"] = _extension()
     spec = importlib.util.find_spec("transformer_engine")
     package = importlib.util.module_from_spec(spec)
@@ -101,6 +104,11 @@ def install() -> None:
         if name.startswith("transformer_engine.") and getattr(module, "torch", None) is torch:
             module.torch = seen
     _show_to_project()
+
+
+def _coalescing(group: Any, async_ops: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """One after the other: gloo makes one tensor of what is coalesced, and mixes up bytes of FP8 and bf16 weights."""
+    return _coalesced(group, async_ops=True) if async_ops else contextlib.nullcontext()
 
 
 def _show_to_project() -> None:

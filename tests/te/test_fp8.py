@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gtpo_megatron.config import RunConfig
 from tests.te import jobs
 
 STEPS = 3
@@ -20,16 +21,25 @@ WITH_OPTIONS = RECIPES | {
 }
 
 
-def losses(te_ranks: Any, checkpoint: Path, directory: Path, recipes: Any, **parallel: Any) -> np.ndarray:
+def run_config(
+    directory: Path, checkpoint: Path, fp8: Any, parallel: dict[str, Any], distributed: bool = False
+) -> RunConfig:
+    model, optimizer = {"dtype": "bf16", "fp8": fp8}, {"distributed": distributed}
+    return jobs.run_config(directory, checkpoint, model=model, parallel=parallel, optimizer=optimizer)
+
+
+def losses(
+    te_ranks: Any,
+    checkpoint: Path,
+    directory: Path,
+    recipes: Any,
+    distributed: bool = False,
+    replicas: int = 1,
+    **parallel: Any,
+) -> np.ndarray:
     """[recipes, steps] in bf16: losses of each FP8 section; all are trained in one job."""
-    cases = [
-        (
-            jobs.run_config(directory, checkpoint, model={"dtype": "bf16", "fp8": fp8}, parallel=parallel),
-            STEPS,
-        )
-        for fp8 in recipes
-    ]
-    world = parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("expert", 1)
+    cases = [(run_config(directory, checkpoint, fp8, parallel, distributed), STEPS) for fp8 in recipes]
+    world = parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("expert", 1) * replicas
     trained = te_ranks.run(world, jobs.each, jobs.train, cases)[0]
     return np.array([[step[0] for step in steps] for steps, *_ in trained])
 
@@ -44,6 +54,34 @@ def test_a_recipe_trains_near_bf16(
         # both layers of this model are the first or the last: padding is what differs
         assert difference < 1e-3 if name == "edges" else 0 < difference < 0.05, name
         assert own[-1] < own[0], name
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("family", "tensor"), [("llama", 1), ("llama", 2), ("qwen3_moe", 1)])
+def test_weights_in_fp8_train_near_bf16_with_the_distributed_optimizer(
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path, family: str, tensor: int, replicas: int
+) -> None:
+    """Each replica rounds its part of the main weights into the FP8 weights of all."""
+    recipes = ["none", *(recipe | {"param": True} for recipe in RECIPES.values())]
+    layout = {"tensor": tensor, "distributed": True, "replicas": replicas}
+    bf16, *found = losses(te_ranks, te_checkpoint(family), tmp_path, recipes, **layout)
+    for name, own in zip(RECIPES, found, strict=True):
+        assert 0 < np.abs(own - bf16).max() / bf16.min() < 0.05, name
+        assert own[-1] < own[0], name
+
+
+def test_weights_in_fp8_are_trained_from_the_checkpoints_own(
+    te_ranks: Any, te_checkpoint: Any, tmp_path: Path
+) -> None:
+    """Not from what FP8 makes of them, nor from what they were before they were loaded."""
+    path, layout = te_checkpoint("llama"), {"tensor": 2}
+    plain = te_ranks.run(2, jobs.main_weights, run_config(tmp_path, path, "none", layout, True))
+    for name, recipe in RECIPES.items():
+        config = run_config(tmp_path, path, recipe | {"param": True}, layout, True)
+        for found, own in zip(te_ranks.run(2, jobs.main_weights, config), plain, strict=True):
+            assert found.keys() == own.keys() and len(own) > 8
+            for weight, values in own.items():
+                np.testing.assert_array_equal(found[weight], values, err_msg=f"{name}: {weight}")
 
 
 @pytest.mark.parametrize(

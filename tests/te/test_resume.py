@@ -25,6 +25,18 @@ DELAYED = {"format": "hybrid", "recipe": "delayed"}
         pytest.param(
             "llama", False, {"dtype": "bf16", "fp8": TENSORWISE | {"param": True}}, id="weights-in-fp8"
         ),
+        pytest.param(
+            "llama",
+            True,
+            {"dtype": "bf16", "fp8": TENSORWISE | {"param": True}},
+            id="weights-in-fp8-distributed",
+        ),
+        pytest.param(
+            "llama",
+            True,
+            {"dtype": "bf16", "fp8": BLOCKWISE | {"param": True}},
+            id="weights-in-fp8-blockwise-distributed",
+        ),
         pytest.param("qwen3_moe", False, {"dtype": "bf16", "fp8": DELAYED}, id="experts-delayed"),
         pytest.param(
             "qwen3_moe", True, {"dtype": "bf16", "fp8": TENSORWISE}, id="experts-tensorwise-distributed"

@@ -1,5 +1,6 @@
 """Mends of what Megatron-Core builds of Transformer Engine's layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import megatron.core.extensions.transformer_engine as layers
@@ -37,3 +38,39 @@ def mark_expert_shards(model: nn.Module) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("weight"):
                     parameter.tensor_model_parallel = True
+
+
+def forget_made_values(models: Sequence[nn.Module]) -> None:
+    """Weights kept in FP8 by delayed scaling: let the first scale know nothing of the memory that they were made of."""
+    if not MENDS["fp8-first-scale"].applies():
+        return
+    for weight in (weight for model in models for weight in model.parameters()):
+        amax = getattr(getattr(weight, "_quantizer", None), "amax", None)
+        if amax is not None:
+            amax.zero_()
+
+
+def start_from_loaded(bridge: Any, models: Sequence[nn.Module], distributed_optimizer: bool) -> None:
+    """Weights kept in FP8: let the distributed optimizer's main weights be the checkpoint's, read a second time, unrounded.
+
+    Each weight remembers what it was made with, for the main weights to start from. The bridge makes it with memory as it lies,
+    and copies the checkpoint into what was rounded of that. Other optimizers take the FP8 values.
+    """
+    if not MENDS["fp8-main-weights"].applies():
+        return
+    weights = [weight for model in models for weight in model.parameters() if _remembered(weight) is not None]
+    if not distributed_optimizer:
+        for weight in weights:
+            weight.clear_high_precision_init_val()  # whole weights in host memory
+        return
+    model_bridge, checkpoint = bridge._model_bridge, bridge.hf_pretrained
+    for task in model_bridge.build_conversion_tasks(checkpoint, models):
+        if task.megatron_module is None or _remembered(task.param_weight) is None:
+            continue
+        source = model_bridge.maybe_modify_loaded_hf_weight(task.mapping.hf_param, checkpoint.state)
+        loaded = task.mapping.hf_to_megatron(source, task.megatron_module)
+        _remembered(task.param_weight).copy_(loaded)
+
+
+def _remembered(weight: Tensor) -> Tensor | None:
+    return weight.get_high_precision_init_val() if hasattr(weight, "get_high_precision_init_val") else None

@@ -104,6 +104,18 @@ MENDS: dict[str, Mend] = {
         "grouped experts in FP8 without state (tensorwise, blockwise): TypeError at the first checkpoint",
         "policy/mends/engine.py",
     ),
+    "fp8-main-weights": Mend(
+        "megatron-bridge",
+        "",
+        "with weights in FP8 the distributed optimizer starts from what these were made with, not from what is loaded: uninitialised memory",
+        "policy/mends/engine.py",
+    ),
+    "fp8-first-scale": Mend(
+        "megatron-core",
+        "",
+        "with weights kept in FP8 by delayed scaling, the memory that they are made of, before any is loaded, decides the first scale",
+        "policy/mends/engine.py",
+    ),
     "adam-step": Mend(
         "megatron-core",
         "",
