@@ -27,6 +27,7 @@ def test_a_run_killed_three_times_gives_the_same_metrics() -> None:
     assert "0 differ" in done.stdout
 
 
+@pytest.mark.soak
 def test_verify_resume_starts_at_the_newest_checkpoint_and_leaves_the_run_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

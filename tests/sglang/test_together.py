@@ -78,6 +78,7 @@ def asked(config: RunConfig) -> str:
     return re.sub(r"(.)\1+", r"\1", "".join(letters[call] for call in calls))
 
 
+@pytest.mark.soak
 def test_a_run_whose_server_shares_the_ranks_machine_is_that_of_one_apart(
     ranks: RankPool, servers: Servers, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_module_that_is_not_there(
     assert line.startswith("mistake: module load cuda/99.9 failed on node1: ")
 
 
+@pytest.mark.soak
 def test_a_port_that_another_program_has(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_spare_node_takes_the_place_of_one_without_the_shared_directory(
     assert asked["REQUEST_SUBMIT_BATCH_JOB"] == 1
 
 
+@pytest.mark.soak
 def test_without_a_spare_node_the_job_goes_elsewhere_or_ends_where_there_is_none(
     cluster: VirtualSlurm, recipe: Path, screened: None, submit: Callable[..., str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_without_a_spare_node_the_job_goes_elsewhere_or_ends_where_there_is_none
     assert "; requeued without node2" in log
 
 
+@pytest.mark.soak
 def test_a_spare_node_takes_the_place_of_one_whose_cable_is_pulled(
     cluster: VirtualSlurm, recipe: Path, by_fabric: None, submit: Callable[..., str]
 ) -> None:
@@ -132,6 +134,7 @@ def test_a_spare_node_takes_the_place_of_one_whose_cable_is_pulled(
     assert steps(run) == [1]
 
 
+@pytest.mark.soak
 def test_two_nodes_that_do_not_reach_each_other_are_not_used_together(
     cluster: VirtualSlurm, recipe: Path, by_fabric: None, submit: Callable[..., str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_job_of_servers_leaves_and_comes_back_while_the_run_goes_on(
     assert registered_urls(run) == []
 
 
+@pytest.mark.soak
 def test_a_step_of_servers_that_ends_is_started_again_beside_the_ranks(
     cluster: VirtualSlurm, recipe: Path, sglang: tuple[str, ...], submit: Callable[..., str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_run_that_is_stopped_and_loses_a_rank_ends_as_one_that_is_left_alone(
     assert steps(run) == list(range(1, 13))
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_run_goes_on_elsewhere_when_the_power_of_its_first_node_is_cut(
     cluster.wait_until_idle()
 
 
+@pytest.mark.soak
 def test_a_rank_that_hangs_is_found_and_the_job_goes_on_without_its_node(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_rank_that_hangs_is_found_and_the_job_goes_on_without_its_node(
     assert list((run / "attempts/2/pulse").glob("[0-9]*")) == []
 
 
+@pytest.mark.soak
 def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
     cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -216,6 +219,7 @@ def test_a_job_that_never_makes_a_step_is_requeued_no_more_than_it_may(
     assert log == "out of luck"
 
 
+@pytest.mark.soak
 def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhile(
     cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, submit: Callable[..., str]
 ) -> None:
@@ -249,6 +253,7 @@ def test_a_conversion_and_an_evaluation_wait_for_a_run_that_is_requeued_meanwhil
     assert "END mistake: gtpo-megatron: " in last_line(run, refused)
 
 
+@pytest.mark.soak
 def test_ranks_that_wait_in_a_collective_for_ever_are_found_by_what_they_do_not_do(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
 ) -> None:

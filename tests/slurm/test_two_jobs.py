@@ -13,6 +13,7 @@ from tests.slurm.virtual import VirtualSlurm
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.soak
 def test_two_runs_on_the_same_nodes_and_a_second_job_of_one_of_them(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str]
 ) -> None:

@@ -46,6 +46,7 @@ def tool(
     return call
 
 
+@pytest.mark.soak
 def test_from_nothing_to_a_page(tmp_path: Path, tool: Callable[..., str]) -> None:
     """One start policy, two arms, one seed; the same command leaves what is complete alone."""
     tool("make_evidence", "runs/evidence-inputs")
