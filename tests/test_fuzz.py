@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_hostile_input_is_treated_as_it_should_be(seed: str) -> None:
     done = subprocess.run(

@@ -42,6 +42,7 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.returncode == 1 and "torch sees no CUDA GPU here" in done.stderr
 
 
+@pytest.mark.soak
 def test_some_parts_are_rehearsed(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     done = rehearse(output, "doctor", "steps", "weights")

@@ -23,7 +23,7 @@ def main() -> None:
     engine.update_weights(model.state_dict().items(), 0)
     step = 0
     while True:
-        while engine.router_url is None:  # it is started anew with every server
+        while engine.router_url is None:  # it is told of every server
             time.sleep(0.2)
         groups = list(engine.generate([PromptRequest(0, (5, 6, 7), 0)], SamplingParams(4, 64)))
         engine.verify_weights(model.state_dict().items())

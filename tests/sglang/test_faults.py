@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from gtpo_megatron.errors import UserError
 from gtpo_megatron.rollout.protocol import Group, PromptRequest, SamplingParams
 from gtpo_megatron.rollout.sglang import SGLangEngine
+from gtpo_megatron.rollout.sglang.client import Client
 from tests.sglang.conftest import IMPATIENT, MakeEngine, Servers, logprobs_of, perturb, weights_of
 from tests.sglang.proxy import FaultyProxy
 
@@ -25,8 +27,10 @@ pytestmark = pytest.mark.sglang
 class Sampling:
     """A generate call in the background, under way when the constructor returns."""
 
-    def __init__(self, engine: SGLangEngine, groups: int, tokens: int) -> None:
-        self.requests = [PromptRequest(i, (5, 6, 7 + i), 0) for i in range(groups)]
+    def __init__(self, engine: SGLangEngine, groups: int, tokens: int, *, alike: bool = True) -> None:
+        """`alike`: prompts that begin alike, which a router sends to one server."""
+        first = [5] * groups if alike else range(20, 20 + groups)
+        self.requests = [PromptRequest(i, (first[i], 6, 7 + i), 0) for i in range(groups)]
         self.groups: list[Group] = []
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(engine, tokens))
@@ -274,6 +278,7 @@ def test_the_file_of_urls_is_followed(
     Sampling(engine, groups=4, tokens=12).finish(model)
 
 
+@pytest.mark.soak
 def test_generation_goes_through_the_router_and_survives_its_death(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
 ) -> None:
@@ -290,3 +295,29 @@ def test_generation_goes_through_the_router_and_survives_its_death(
     perturb(model, 1)
     engine.update_weights(weights_of(model), 1)
     Sampling(engine, groups=6, tokens=12).finish(model)
+
+
+@pytest.mark.soak
+def test_a_server_that_dies_behind_a_router_costs_its_own_requests_alone(
+    make_engine: MakeEngine, servers: Servers, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    generate = Client.generate
+
+    async def counted(self: Client, *args: Any) -> Any:
+        sent.append(args[-1])
+        return await generate(self, *args)
+
+    monkeypatch.setattr(Client, "generate", counted)
+    engine = make_engine(router=True)
+    engine.update_weights(weights_of(model), 0)
+    until(lambda: engine.router_url is not None, 120)
+    before = engine.router_url
+    until(lambda: len(httpx.get(f"{before}/workers").json()["workers"]) == 2)
+    sampling = Sampling(engine, groups=6, tokens=600, alike=False)
+    loads = {w["url"]: w["load"] for w in httpx.get(f"{before}/workers").json()["workers"]}
+    assert len(sent) == 12 and min(loads.values()) > 0
+    servers.processes[0].end()
+    sampling.finish(model)
+    assert len(sent) <= 12 + loads[servers.urls[0]]
+    assert engine.router_url == before

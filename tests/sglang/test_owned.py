@@ -42,8 +42,9 @@ def test_a_killed_server_is_restarted_and_all_end_with_the_trainer(
             assert httpx.post(f"{url}/generate", json=ask, timeout=30).status_code == 401
         next(p for p in family if _command(p).startswith("sglang::scheduler")).send_signal(signal.SIGKILL)
         url, router = first[3:]
-        while url == first[3] or router in (first[4], "None"):
+        while url == first[3] or router == "None":
             number, completions, url, router = _line(trainer)[1:]
+        assert router == first[4]
         assert int(number) > int(first[1])
         assert completions == "4"
         family = psutil.Process(trainer.pid).children(recursive=True)

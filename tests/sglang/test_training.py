@@ -96,6 +96,7 @@ def server_of_experts(sglang_python: str, tmp_path_factory: pytest.TempPathFacto
         yield servers
 
 
+@pytest.mark.soak
 def test_weights_of_experts_on_two_ranks_reach_the_server(
     ranks: RankPool, server_of_experts: Servers, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def partial_config(
     )
 
 
+@pytest.mark.soak
 def test_an_update_does_not_wait_for_completions_that_go_on_with_it(
     ranks: RankPool, servers: Servers, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_figures_are_those_of_a_run_apart_also_when_it_is_resumed(
         assert asked(apart, server) == "ug" + STEPS * "ug"
 
 
+@pytest.mark.soak
 def test_a_server_that_dies_asleep_costs_no_figure(
     ranks: RankPool, config_of: Callable[..., RunConfig]
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_server_that_dies_asleep_costs_no_figure(
     assert asked(together, 1) == "ug" + STEPS * "RWuKg"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("turn", "count", "rank"), [("training", 2, 0), ("weights", 2, 1), ("sampling", 2, 0)]
 )

@@ -153,6 +153,7 @@ def test_a_failing_export_leaves_no_server_in_use(make_engine: MakeEngine, model
     assert worst_gap(engine, model, 1) < 1e-4
 
 
+@pytest.mark.soak
 def test_a_server_restarted_without_weights_is_not_sampled_from(
     make_engine: MakeEngine, servers: Servers, model: PreTrainedModel
 ) -> None:

@@ -10,6 +10,7 @@ from tests.slurm.virtual import VirtualSlurm
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.soak
 def test_a_study_ends_with_its_report(
     cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
 ) -> None:

@@ -72,6 +72,7 @@ def not_shared(cluster: VirtualSlurm, node: str, folder: Path) -> Iterator[None]
         cluster.run("umount", "--lazy", folder, node=node)
 
 
+@pytest.mark.soak
 def test_a_spare_node_takes_the_place_of_one_without_the_shared_directory(
     cluster: VirtualSlurm, recipe: Path, screened: None, submit: Callable[..., str]
 ) -> None:

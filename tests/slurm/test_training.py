@@ -135,6 +135,7 @@ def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(
     assert steps(run) == [1, 2, 3, 4]
 
 
+@pytest.mark.soak
 def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
     cluster: VirtualSlurm, environment: dict[str, str], recipe: Path, site: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_sweep_is_an_array_of_jobs_each_with_the_record_of_a_run(
     assert shown == f"{file}: all runs are complete\n"
 
 
+@pytest.mark.soak
 def test_a_run_is_stopped_for_good_and_later_cancelled(
     cluster: VirtualSlurm, recipe: Path, submit: Callable[..., str]
 ) -> None:

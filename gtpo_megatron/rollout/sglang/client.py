@@ -1,5 +1,6 @@
 """SGLang's HTTP, one typed call each. Nothing else in the project knows its endpoints or field names."""
 
+import errno
 import json
 import os
 import uuid
@@ -26,11 +27,16 @@ CONFIRMED = (
     "/update_weight_version",
     "/end_weight_update",
 )
+ROUTER_S = 5.0  # for what a router answers by itself
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class ServerFault(Exception):
     """A server did not answer, or not sensibly: the request may be sent elsewhere. The text names URL and answer."""
+
+
+class NoServer(ServerFault):
+    """Nothing listens at the address: what was there has ended, and its connections with it."""
 
 
 class Refused(UserError):
@@ -68,6 +74,7 @@ class Client:
 
     def __init__(self, api_key: str | None, request_timeout_s: float) -> None:
         self.request_timeout_s = request_timeout_s
+        self._key = api_key
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             # A server drops idle connections after 5 s; a request that meets this moment would look like a fault.
@@ -78,15 +85,18 @@ class Client:
     async def close(self) -> None:
         await self._http.close()
 
-    async def call(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+    async def call(
+        self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float, method: str | None = None
+    ) -> Any:
         """POST `body` (GET without one) and return the decoded answer; None where SGLang answers in prose.
 
         Raises:
+            NoServer: the connection was refused.
             ServerFault: no answer in time, a broken connection, a 5xx, an answer that is not JSON, or one that does not confirm what
                 it must (CONFIRMED).
             Refused: a 4xx.
         """
-        method = "GET" if body is None else "POST"
+        method = method or ("GET" if body is None else "POST")
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, 10.0))
         try:
             async with self._http.request(method, url + path, json=body, timeout=timeout) as answer:
@@ -94,10 +104,11 @@ class Client:
         except TimeoutError as error:
             raise ServerFault(f"{url}{path}: no answer in {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            raise ServerFault(f"{url}{path}: {_cause(error)}") from error
+            refused = isinstance(error, aiohttp.ClientOSError) and error.errno == errno.ECONNREFUSED
+            raise (NoServer if refused else ServerFault)(f"{url}{path}: {_cause(error)}") from error
         if 400 <= status < 500 and status not in (408, 429):
             raise Refused(f"{url}{path} refused the request ({status}): {_text(content, 2000)}")
-        if status != 200:
+        if status not in (200, 202):
             raise ServerFault(f"{url}{path} answered {status}: {_text(content, 500)}")
         if path.startswith(TEXT_ANSWERS):
             return None
@@ -188,6 +199,23 @@ class Client:
     async def abort(self, url: str, rid: str | None, timeout_s: float = 10.0) -> None:
         """Abort one request, or with None all. Its /generate answers at once, with the tokens so far."""
         await self.call(url, "/abort_request", {"rid": rid} if rid else {"abort_all": True}, timeout_s)
+
+    async def router_workers(self, url: str) -> dict[str, str]:
+        """The servers that a router sends requests to: its names of them, by URL."""
+        answer = await self.call(url, "/workers", None, ROUTER_S)
+        try:
+            return {str(worker["url"]): str(worker["id"]) for worker in answer["workers"]}
+        except (KeyError, TypeError) as error:
+            raise ServerFault(f"{url}/workers answered garbage: {str(answer)[:200]}") from error
+
+    async def add_worker(self, url: str, worker: str) -> None:
+        """Tell a router of a server; it shows it when it has found it well."""
+        key = {"api_key": self._key} if self._key else {}
+        await self.call(url, "/workers", {"url": worker} | key, ROUTER_S)
+
+    async def remove_worker(self, url: str, identity: str) -> None:
+        """A router sends it no more requests; those that it has go on."""
+        await self.call(url, f"/workers/{identity}", None, ROUTER_S, "DELETE")
 
     async def release_memory(self, url: str, parts: Sequence[str], timeout_s: float) -> None:
         """Let an idle server give up parts of its memory ("weights", "kv_cache") that it holds. Their content is lost.

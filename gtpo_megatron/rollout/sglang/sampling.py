@@ -23,6 +23,7 @@ from gtpo_megatron.rollout.sglang.servers.states import Worker
 from gtpo_megatron.trajectories.record import FinishReason
 
 ABORT_GRACE_S = 5.0
+SURVEY_S = 30.0
 
 
 @dataclass(eq=False)
@@ -77,6 +78,7 @@ class Sampler:
 
     def __init__(self, fleet: Fleet, client: Client, config: SGLangConfig, attempts: int) -> None:
         self._fleet, self._client, self._config, self._attempts = fleet, client, config, attempts
+        self._survey: asyncio.Task[bool] | None = None  # of the weights that servers hold
         # groups that were left unfinished; any of the same prompt may go on with one
         self._kept: dict[tuple[tuple[int, ...], SamplingParams], list[list[Draft]]] = {}
 
@@ -165,7 +167,11 @@ class Sampler:
                 self._count_failure(failures, str(fault), request)
                 continue
             if {*sample.versions, sample.weight_version} != {tag}:
-                self._fleet.outdated(worker, sample.weight_version)
+                if not await self._take_out_outdated(worker, sample.weight_version):
+                    wrong = (
+                        f"answered with the weights {sample.weight_version}, which no server says it holds"
+                    )
+                    self._count_failure(failures, wrong, request)
                 continue
             if sample.finish_reason != "abort":
                 draft.finish_reason = sample.finish_reason
@@ -179,6 +185,29 @@ class Sampler:
             if draft.finish_reason is not None or (self._config.partial and len(sample.token_ids)):
                 draft.parts.append((sample, version))
         draft.seconds += time.monotonic() - begun
+
+    async def _take_out_outdated(self, worker: Worker, held: str) -> bool:
+        """Take out the server that answered with other weights; whether it was found.
+
+        A router does not say who answered: all are asked, once for all such answers that come meanwhile.
+        """
+        if not self._config.router:
+            self._fleet.outdated(worker, held)
+            return True
+        if self._survey is None or self._survey.done():
+            self._survey = asyncio.create_task(self._take_out_who_holds_others())
+        return await asyncio.shield(self._survey)
+
+    async def _take_out_who_holds_others(self) -> bool:
+        ready = self._fleet.ready
+        asked = (self._client.weight_version(worker.url, SURVEY_S) for worker in ready)
+        answers = zip(ready, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+        others = {w: held for w, held in answers if isinstance(held, str) and held != self._fleet.tag}
+        for worker, held in others.items():
+            self._fleet.outdated(worker, held)
+        if not others:
+            await asyncio.sleep(0.5)  # it may have been taken out since, and the router is not told yet
+        return bool(others)
 
     def _count_failure(self, failures: list[str], failure: str, request: PromptRequest) -> None:
         failures.append(failure)

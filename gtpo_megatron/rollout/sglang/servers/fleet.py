@@ -51,6 +51,8 @@ class Fleet:
         worker.move(state, reason)
         if was_ready != (state == "ready"):
             (self._places.close if was_ready else self._places.open)(worker)
+            if was_ready and self.router is not None:
+                self.router.doubt()  # it may still send requests there
         self.dispatch()
 
     def suspect(self, worker: Worker, reason: str) -> None:
@@ -68,8 +70,10 @@ class Fleet:
     def lose(self, worker: Worker, reason: str) -> None:
         """Give a worker up; the requests that it holds are sent elsewhere."""
         self.move(worker, "down", reason)
-        # Behind a router nobody knows which requests the lost server held.
-        losers = self.workers if self._config.router else [worker]
+        losers = [worker]
+        if self._config.router:
+            # Nobody knows which requests the lost server held. If it has ended, or will be (our own), the router fails these.
+            losers = [] if worker.owned or not worker.listens else self.workers
         for task in [task for w in losers for task in w.requests]:
             task.cancel()
 
@@ -179,8 +183,8 @@ class Fleet:
             answer = await self.ask(worker, send(routed or worker.url), on_fault)
         finally:
             self.release(worker)
-        worker.faults = 0
         if routed is None:  # behind a router another may have answered
+            worker.faults = 0
             worker.heard_at = asyncio.get_running_loop().time()
         return answer
 
@@ -193,7 +197,7 @@ class Fleet:
         """Await a worker's answer, as long as the worker is not given up. `on_fault` is told of the question's own fault.
 
         Raises:
-            ServerFault: it was given up meanwhile (behind a router: any worker was); or the question's own.
+            ServerFault: it was given up meanwhile (behind a router: any that may have had it was); or the question's own.
         """
         task = asyncio.create_task(question)
         worker.requests.add(task)
@@ -211,6 +215,12 @@ class Fleet:
         finally:
             worker.requests.discard(task)
 
-    def _router_failed(self, worker: Worker, reason: str) -> None:
+    def _router_failed(self, _: Worker, reason: str) -> None:
+        """The router names the server that it could not reach. Of all else that fails it is the suspect itself."""
         assert self.router is not None
-        self.router.failed()
+        answer = reason.partition(" answered ")[2]
+        unreached = [worker for worker in self.workers if worker.url and f"{worker.url}/" in answer]
+        for worker in unreached:
+            self.suspect(worker, reason)
+        if not unreached:
+            self.router.doubt()

@@ -95,12 +95,11 @@ class Launch:
         )
         return process, f"http://{_reachable(self.config.host)}:{port}"
 
-    def router(self, workers: Sequence[str]) -> tuple[Process, str]:
-        """Start sglang-router over `workers` on a free port. Returns the process and its URL."""
+    def router(self) -> tuple[Process, str]:
+        """Start sglang-router, without workers, on a free port. Returns the process and its URL."""
         port = free_port(self.config.host)
         args = [
-            *("--host", self.config.host, "--port", str(port), "--worker-urls", *workers),
-            *("--policy", "cache_aware"),
+            *("--host", self.config.host, "--port", str(port), "--policy", "cache_aware"),
             *("--request-timeout-secs", str(int(self.config.request_timeout_s) + 1)),
             # The project retries itself, and must see every failure to tell a dead server from a bad answer.
             *("--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"),

@@ -61,6 +61,7 @@ class Worker:
     state: State = "down"
     tag: str | None = None  # weights that it has confirmed
     ever_up: bool = False
+    listens: bool = True  # False: whoever asked last was refused the connection
     inflight: int = 0
     faults: int = 0  # in a row
     holds: frozenset[Part] = WHOLE  # of its memory; less only where trainer and servers take turns

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from gtpo_megatron.config import SGLangConfig
-from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault, ServerInfo
+from gtpo_megatron.rollout.sglang.client import Client, NoServer, Refused, ServerFault, ServerInfo
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
 from gtpo_megatron.rollout.sglang.servers.launch import Launch
 from gtpo_megatron.rollout.sglang.servers.model import OtherModel, ServedModel
@@ -88,9 +88,11 @@ class Supervision:
         One that an update left paused, this run's or another's, goes on.
         """
         patience = self._timing.health_timeout_s
+        worker.listens = True
         try:
             await self._client.call(worker.url, "/continue_generation", {}, patience)
         except (ServerFault, Refused) as fault:
+            worker.listens = not isinstance(fault, NoServer)
             return str(fault)
         well = await self._client.healthy(f"{worker.url}/health", patience)
         return "" if well else f"{worker.url}/health does not say that it is ready"
