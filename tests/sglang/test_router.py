@@ -27,7 +27,7 @@ class ScriptedRouter:
 
     def __init__(self) -> None:
         self.starts = 0
-        self.process = SimpleNamespace(alive=True)
+        self.process = SimpleNamespace(alive=True, end=lambda: None)
         self.shown: dict[str, str] = {}
         self.calls: list[str] = []
         self.silent = False
@@ -36,7 +36,7 @@ class ScriptedRouter:
     def router(self) -> tuple[Any, str]:
         self.starts += 1
         self.shown.clear()
-        self.process = SimpleNamespace(alive=True)
+        self.process = SimpleNamespace(alive=True, end=lambda: None)
         return self.process, f"http://router:{self.starts}"
 
     async def router_workers(self, url: str) -> dict[str, str]:
@@ -112,6 +112,28 @@ def test_without_it_requests_go_straight_to_the_workers_until_it_is_back() -> No
         script.process.alive = False
         await asyncio.sleep(3.0)
         assert router.url == "http://router:2" and set(script.shown) == {A, B}
+
+    kept(play)
+
+
+def test_a_worker_that_is_lost_while_it_is_told_of_others_is_not_sent_to() -> None:
+    async def play(router: Router, script: ScriptedRouter, ready: set[str]) -> None:
+        await asyncio.sleep(3.0)
+        ready.add(C)
+        told = asyncio.Event()
+
+        async def add_worker(url: str, worker: str) -> None:
+            told.set()
+            await asyncio.sleep(1.0)
+
+        script.add_worker = add_worker
+        await told.wait()
+        ready.remove(A)
+        router.doubt()
+        await asyncio.sleep(1.05)
+        assert router.url is None
+        await asyncio.sleep(0.5)
+        assert router.url is not None and set(script.shown) == {B}
 
     kept(play)
 

@@ -36,22 +36,24 @@ class Router:
     async def keep(self, ready: Callable[[], frozenset[str]]) -> None:
         """Keep it running before exactly the workers whose URLs `ready` gives. Never returns."""
         while True:
-            wanted = ready()
             if self.process is not None and self.process.alive:
                 try:
-                    self._up = await self._follow(wanted)
+                    shown = await self._follow(ready())
+                    self._up = bool(shown) and shown <= ready()  # which may have changed meanwhile
                 except (ServerFault, Refused) as fault:
                     self._up = False
                     log.debug("sglang-router: %s", fault)
-            elif wanted:
+            elif ready():
                 self._up = False
+                if self.process is not None:
+                    await asyncio.to_thread(self.process.end)  # what is left of its group
                 self.process, self._url = self._launch.router()
                 self._told.clear()
                 log.info("sglang-router %s", self._url)
             await asyncio.sleep(0.3)
 
-    async def _follow(self, wanted: frozenset[str]) -> bool:
-        """Tell it of workers that have come and gone; whether it has workers, and none but these."""
+    async def _follow(self, wanted: frozenset[str]) -> frozenset[str]:
+        """Tell it of workers that have come and gone; those that it had."""
         now = asyncio.get_running_loop().time()
         shown = await self._client.router_workers(self._url)
         for url, identity in shown.items():
@@ -62,4 +64,4 @@ class Router:
             if now - self._told.get(url, -ASK_AGAIN_S) >= ASK_AGAIN_S:
                 self._told[url] = now
                 await self._client.add_worker(self._url, url)
-        return bool(shown) and shown.keys() <= wanted
+        return frozenset(shown)
