@@ -132,7 +132,7 @@ def test_a_worker_that_is_lost_while_it_is_told_of_others_is_not_sent_to() -> No
         router.doubt()
         await asyncio.sleep(1.05)
         assert router.url is None
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)
         assert router.url is not None and set(script.shown) == {B}
 
     kept(play)
