@@ -78,6 +78,7 @@ def check_equal(together: RunConfig, apart: RunConfig) -> None:
     assert found == expected
 
 
+@pytest.mark.soak
 def test_figures_are_those_of_a_run_apart_also_when_it_is_resumed(
     ranks: RankPool, config_of: Callable[..., RunConfig]
 ) -> None:

@@ -57,6 +57,7 @@ def server_of_two(
         yield servers
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("method", ["distributed", "tensor", "disk"])
 def test_servers_of_other_layouts_are_updated_together(
     make_engine: MakeEngine,

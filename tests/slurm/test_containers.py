@@ -28,7 +28,7 @@ STAND_INS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+@pytest.mark.parametrize("kind", [pytest.param("pyxis", marks=pytest.mark.soak), "apptainer"])
 def test_ranks_are_started_in_a_container(
     cluster: VirtualSlurm, recipe: Path, site: Path, submit: Callable[..., str], kind: str
 ) -> None:
