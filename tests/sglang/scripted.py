@@ -313,7 +313,8 @@ class Rehearsal:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         while not condition():
-            assert self.fleet.failure is None, self.fleet.failure
+            if self.fleet.failure is not None:
+                raise self.fleet.failure
             assert loop.time() < begun + limit_s, self.states
             await asyncio.sleep(step_s)
         return loop.time() - begun

@@ -1,10 +1,13 @@
 """Limits of servers, by a clock that jumps: of restarts, starts, waiting, and of requests on one."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from gtpo_megatron.errors import UserError
+from gtpo_megatron.rollout.sglang.servers.health import Health
+from gtpo_megatron.rollout.sglang.servers.states import Worker
 from tests.sglang.scenario import scenario
 from tests.sglang.scripted import TIMING, Rehearsal, in_fake_time, rehearsal, request
 
@@ -118,6 +121,30 @@ def test_health_costs_no_more_calls_with_more_servers_and_leaves_those_alone_tha
         assert {index for index, _ in asked} == set(range(1, 40))  # all but the one that answers requests
 
     scenario(play, count=40)
+
+
+def test_a_server_that_is_lost_before_its_check_begins_stays_lost() -> None:
+    """The check is a task, which begins a moment after it was made."""
+
+    async def play(running: Rehearsal) -> None:
+        lost = running.fleet.workers[0]
+        begin, checked = Health._check, []
+
+        async def late(self: Health, worker: Worker, *state: Any) -> None:
+            if worker is lost:
+                checked.append(worker.state)
+                running.server(0).health = "dead"
+                running.fleet.lose(lost, "ended a moment ago")
+            await begin(self, worker, *state)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Health, "_check", late)
+            await running.until(lambda: bool(checked))
+            await asyncio.sleep(2 * TIMING.health_timeout_s)
+        assert running.fleet.failure is None
+        assert lost.state == "down"
+
+    scenario(play)
 
 
 def test_one_mistake_in_the_program_reaches_those_who_wait() -> None:

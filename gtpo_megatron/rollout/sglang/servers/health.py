@@ -4,7 +4,7 @@ import asyncio
 
 from gtpo_megatron.rollout.sglang.client import Client, Refused, ServerFault
 from gtpo_megatron.rollout.sglang.servers.fleet import Fleet
-from gtpo_megatron.rollout.sglang.servers.states import Timing, Worker
+from gtpo_megatron.rollout.sglang.servers.states import State, Timing, Worker
 
 
 class Health:
@@ -27,15 +27,18 @@ class Health:
                 worker = min(silent, key=lambda w: w.heard_at, default=None)
                 if worker is not None and clock() - worker.heard_at >= self._timing.health_interval_s:
                     worker.heard_at = clock()
-                    checks.create_task(self._check(worker))
+                    checks.create_task(self._check(worker, worker.state))
 
     def _may_be_asked(self, worker: Worker) -> bool:
         """Whether it would answer: a paused server does not."""
         return self._fleet.gate_open and worker.idle and not worker.checking
 
-    async def _check(self, worker: Worker) -> None:
-        """Ask a worker for its health and, if it is sampled from, for its weights; take it out if an answer is not good."""
-        fleet, patience, state = self._fleet, self._timing.health_timeout_s, worker.state
+    async def _check(self, worker: Worker, state: State) -> None:
+        """Ask a worker for its health and, if it is sampled from, for its weights; take it out if an answer is not good.
+
+        Nothing follows for one that is in that state no longer: a task begins a moment after it was made.
+        """
+        fleet, patience = self._fleet, self._timing.health_timeout_s
         worker.checking = True
         try:
             well = await self._client.healthy(f"{worker.url}/health", patience)
