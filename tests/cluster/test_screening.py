@@ -9,7 +9,7 @@ from gtpo_megatron.cluster.submission import SCRIPTS
 
 SRUN = """\
 #!/bin/bash
-printf '%s\\n' "$@" >>"$STATE/words"
+printf '%s\\n' "$@" >"$STATE/words.$$" # of each step, for two of them run at once
 case " $* " in *' --het-group=1 '*) exit ;; esac # one for both components
 while [ "$1" != gtpo_megatron.machine.screen ]; do shift; done
 folder=$2 token=$3 now=$(date +%s)
@@ -69,9 +69,14 @@ def calls(state: Path, name: str = "calls") -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def asked(state: Path) -> str:
+    """The words of each `srun`, a line each."""
+    return "".join(file.read_text() for file in state.glob("words.*"))
+
+
 def test_all_are_fit_and_one_step_has_asked_them(state: Path) -> None:
     assert screened(state, "for n in 1 2 3 4; do fit n$n; done") == (0, ["fit n1 n2 n3 n4"])
-    words = (state / "words").read_text().splitlines()
+    words = asked(state).splitlines()
     assert words[:3] == ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1"]
     assert words[5:8] == ["--container-image=x", "python3", "-m"]
     assert words[-6:] == ["--limit", "30", "--meet", "n1:20063", "--nodes", "4"]  # 63: of the job's number
@@ -191,7 +196,7 @@ def test_components_are_asked_by_a_step_each_and_spares_are_for_ranks_alone(stat
     answers = "fit n1; fit n2; fit n3; fit n5; cut n1 n4"
     code, said = screened(state, f"{ALL_FIT}{answers}", spares=1, **HET)
     assert (code, said[-1]) == (0, "fit n1 n2 n3 and n5")
-    words = (state / "words").read_text()
+    words = asked(state)
     assert words.count("--het-group=0\n") == words.count("--het-group=1\n") == 1
     assert words.count("--nodes=4\n--ntasks=4\n") == words.count("--nodes=1\n--ntasks=1\n") == 1
     assert words.count("n1:20063\n--nodes\n5\n") == 2
