@@ -67,6 +67,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("algorithm/baselines.py", "`0.0` to `1.0`", "torch.where(weights != 0, logprobs"): "what replaces an uncounted log-probability is multiplied by weight 0",
     ("algorithm/conflicts.py", "`BLOCK_TOKENS // row.numel()` to `BLOCK_TOKENS * row.numel()`", ""): "a wider block: speed alone",
     ("algorithm/conflicts.py", "`2` to `3`", "2 * width"): "how fast the blocks widen: speed alone",
+    ("algorithm/losses.py", "`0.0` to `1.0`", "torch.where(counted, logprobs - old"): "the ratio of an uncounted token is multiplied by weight 0, or masked",
     ("trajectories/analysis.py", "`1` to `2`", "max(int(lengths.sum()), 1)"): "without tokens there is nothing to divide",
     ("rollout/collect.py", "`1` to `2`", "generate_state(1,"): "the first of two words is that of one",
     ("policy/head/tiles.py", "`vocab_tile > 256` to `vocab_tile >= 256`", ""): "256 is a multiple of itself",

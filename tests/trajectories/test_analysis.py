@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gtpo_megatron.trajectories.analysis import summarise
+from gtpo_megatron.trajectories.analysis import repetition, summarise
 from tests.trajectories.test_store import trajectory
 
 
@@ -92,3 +92,18 @@ def test_a_term_that_a_completion_lacks_counts_as_zero() -> None:
         [trajectory(3, reward_terms={"format": 1.0}), trajectory(3, reward_error="no verdict")]
     )
     assert metrics["reward/format"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("completions", "share"),
+    [
+        ([[1, 2, 3, 4, 1, 2, 3, 4]], 1 / 5),  # the last of five runs stood before
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], 0.0),  # in another completion
+        ([[1, 2, 3]], 0.0),
+        ([[1, 2], [1, 2]], 0.0),  # no run in either, and more than one over both
+        ([[5] * 6, [1, 2, 3, 4]], 2 / 4),
+    ],
+)
+def test_repetition_is_of_runs_within_a_completion(completions: list[list[int]], share: float) -> None:
+    offsets = np.cumsum([0, *map(len, completions)])
+    assert repetition(np.concatenate(completions).astype(np.int32), offsets) == pytest.approx(share)
