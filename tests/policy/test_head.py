@@ -211,7 +211,8 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 def test_second_backward_computes_kept_logits_again() -> None:
     hidden, weight, targets = make()
-    statistics = token_statistics(hidden, weight, targets, vocab_size=VOCABULARY, vocab_tile=17)
+    options = {"vocab_size": VOCABULARY, "vocab_tile": 17, "temperature": 0.6}
+    statistics = token_statistics(hidden, weight, targets, **options)
     first = torch.autograd.grad(statistics.logprobs.sum(), (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(statistics.logprobs.sum(), (hidden, weight))
     for once, again in zip(first, second, strict=True):
